@@ -1,0 +1,176 @@
+"""The graphs inside a module, and where the values in them come from.
+
+An exported module is not one graph: ``no_grad`` and autocast regions are higher-order ops with a body each, and an
+UnflattenedModule has a graph per submodule. A :class:`Body` is one of these graphs with the node that runs it.
+"""
+
+import copy
+import operator
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from torch import fx, nn
+
+from compile_modes import _compat, counters
+
+_OWNED = "compile_modes_owned"
+
+
+@dataclass(eq=False)
+class Body:
+    """One graph.
+
+    Attributes:
+        module: the module that owns the graph.
+        path: attribute path of ``module`` from the root (``""`` for the root itself).
+        parent: the body that runs this one, and ``caller`` the node there; both None for the root.
+        always: whether the caller runs the body exactly once, so that a statement may be hoisted out of it.
+        operands: what the caller passes for each placeholder, as far as known.
+        children: the bodies that nodes of this graph run.
+    """
+
+    module: nn.Module
+    path: str = ""
+    parent: "Body | None" = None
+    caller: fx.Node | None = None
+    always: bool = True
+    operands: dict[fx.Node, Any] = field(default_factory=dict)
+    children: dict[fx.Node, "Body"] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return cast(fx.Graph, self.module.graph)
+
+
+def own(root: nn.Module) -> bool:
+    """Gives ``root`` bodies of its own, ahead of an edit; returns whether any was replaced.
+
+    ``ep.module()`` and ``unflatten(ep)`` hand out the very body modules of the ExportedProgram, so an edit in place
+    would reach the program and every other module made from it.
+    """
+    for body in bodies(root):
+        shared = body.caller is not None and body.caller.op == "call_function" and _OWNED not in body.module.meta
+        if shared and body.parent is not None:
+            copied = fx.GraphModule(body.module, copy.deepcopy(body.graph))
+            copied.meta = {**body.module.meta, _OWNED: True}
+            holder, _, name = body.path.removeprefix(body.parent.path).lstrip(".").rpartition(".")
+            setattr(attribute(body.parent.module, holder) if holder else body.parent.module, name, copied)
+            return own(root) or True  # the bodies below the copy are those of the original still
+    return False
+
+
+def canonical(path: str) -> str:
+    """A module path without export's call indices: the second call of ``bn`` is recorded as ``bn@1``."""
+    return re.sub(r"@\d+(?=\.|$)", "", path)
+
+
+def join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def bodies(root: nn.Module) -> list[Body]:
+    """All graphs of ``root``, the root's first, each after the one that runs it."""
+    found: list[Body] = []
+    seen: set[nn.Module] = set()
+
+    def visit(body: Body) -> None:
+        if body.module in seen:  # a body that two nodes run is one graph, with one mode
+            return
+        seen.add(body.module)
+        found.append(body)
+        calls: dict[str, int] = {}
+        for node in body.graph.nodes:
+            for child in _children(body, node, calls):
+                body.children[node] = child
+                visit(child)
+
+    visit(Body(root))
+    return found
+
+
+def _children(body: Body, node: fx.Node, calls: dict[str, int]) -> Iterator[Body]:
+    if node.op == "call_module":
+        target = str(node.target)
+        module = body.module.get_submodule(target)
+        if hasattr(module, "call_modules"):  # unflatten's dispatcher: one graph per call, in turn
+            turn = calls.get(target, 0)
+            calls[target] = turn + 1
+            module = module.call_modules()[turn]
+        if isinstance(getattr(module, "graph", None), fx.Graph):
+            child = Body(module, join(body.path, target), body, node)
+            inputs = child.graph.find_nodes(op="placeholder")
+            child.operands = dict(zip(inputs, node.args, strict=False))
+            child.operands |= {p: node.kwargs[p.target] for p in inputs if p.target in node.kwargs}
+            yield child
+    elif node.op == "call_function":
+        always = node.target in _compat.UNCONDITIONAL_HOPS
+        for position, arg in enumerate(node.args):
+            if isinstance(arg, fx.Node) and arg.op == "get_attr":
+                module = attribute(body.module, str(arg.target))
+                if isinstance(module, fx.GraphModule):
+                    child = Body(module, join(body.path, str(arg.target)), body, node, always)
+                    if always:
+                        inputs = child.graph.find_nodes(op="placeholder")
+                        child.operands = dict(zip(inputs, node.args[position + 1 :], strict=True))
+                    yield child
+
+
+def attribute(module: Any, path: str) -> Any:
+    """The attribute at a dotted path, or None if there is none."""
+    for name in path.split("."):
+        if not hasattr(module, name):
+            return None
+        module = getattr(module, name)
+    return module
+
+
+def state_path(body: Body | None, value: Any) -> str | None:
+    """The attribute path of the parameter or buffer that a value of a graph is, or None if it is none."""
+    while body is not None and isinstance(value, fx.Node):
+        node = value
+        if node.op == "get_attr":
+            return canonical(join(body.path, str(node.target)))
+        if node.op == "placeholder":
+            if node not in body.operands:
+                return dynamo_path(_compat.source_name(node)) or None
+            body, value = body.parent, body.operands[node]
+        elif counters.is_counter(node):  # returns the tensor that it advances
+            value = node.args[0]
+        else:
+            body, value = _returned(body, node)
+    return None
+
+
+def _returned(body: Body, node: fx.Node) -> tuple[Body | None, Any]:
+    """The value inside a child body that a call, or an item of its result, returns."""
+    index = None
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        index, node = node.args[1], node.args[0]
+    child = body.children.get(node)
+    if child is None:
+        return None, None
+    result: Any = child.graph.output_node().args[0]
+    if index is not None:
+        result = result[index]
+    return child, result
+
+
+def dynamo_path(source: str) -> str:
+    """A path as ``named_modules()`` writes it, from the way Dynamo writes it.
+
+    >>> dynamo_path("L['self']._modules['b']._modules['0']._buffers['running_mean']")
+    'b.0.running_mean'
+    >>> dynamo_path("L['self'].seq.1")
+    'seq.1'
+    """
+    path = re.sub(r"^[LG]\[[^\]]*\]", "", source)
+    path = re.sub(r"\._(?:modules|buffers|parameters)\['([^']*)'\]", r".\1", path)
+    return path.lstrip(".")
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the submodule whose ``forward`` ran ``node``, from its ``nn_module_stack``; ``""`` for the root."""
+    stack = node.meta.get("nn_module_stack")
+    return canonical(dynamo_path(list(stack.values())[-1][0])) if stack else ""

@@ -1,0 +1,52 @@
+"""Batch norm's ``num_batches_tracked``: the statement that eager runs beside the op, as a node of the graph."""
+
+import torch
+from torch import fx
+
+from compile_modes import _compat
+
+ADD_ = torch.ops.aten.add_.Tensor
+
+
+@fx.has_side_effect
+def advance(counter: torch.Tensor, training: bool) -> torch.Tensor:
+    """Adds 1 to ``counter`` (int64, 0-d) in place if ``training``; returns it.
+
+    A bound graph calls this where an exported train graph has ``add_(counter, 1)``. ``add_(counter, training)``
+    would do without a function of ours, but in eval it still writes the buffer: Inductor emits a kernel for it,
+    the version counter moves, and an inference tensor refuses it.
+    """
+    return counter.add_(1) if training else counter
+
+
+def is_counter(node: fx.Node) -> bool:
+    """Whether ``node`` has the form of a counter's step; whose counter it is, its first operand tells."""
+    if node.op != "call_function":
+        return False
+    return node.target is advance or (node.target is ADD_ and node.args[1:] == (1,) and not node.kwargs)
+
+
+def bind(step: fx.Node, flag: fx.Node) -> None:
+    """Makes a step of an exported train graph depend on ``flag``."""
+    step.target, step.args = advance, (step.args[0], flag)
+
+
+def set_literal(step: fx.Node, training: bool) -> None:
+    """Makes a step unconditional, or removes it."""
+    if training:
+        step.target, step.args = ADD_, (step.args[0], 1)
+    else:
+        step.replace_all_uses_with(step.all_input_nodes[0])
+        step.graph.erase_node(step)
+
+
+def insert(graph: fx.Graph, anchor: fx.Node, counter: fx.Node, flag: fx.Node | bool) -> fx.Node:
+    """Puts a step before ``anchor``, bound to ``flag`` or, if that is True, unconditional."""
+    with graph.inserting_before(anchor):
+        if isinstance(flag, fx.Node):
+            step = graph.call_function(advance, (counter, flag))
+        else:
+            step = graph.call_function(ADD_, (counter, 1))
+    if (stack := anchor.meta.get("nn_module_stack")) is not None:
+        step.meta["nn_module_stack"] = stack
+    return step

@@ -1,0 +1,45 @@
+"""What this package raises and warns with: each message says what was wrong, where, and what to do."""
+
+from compile_modes._compat import ShortenTraceback
+
+
+class CompileModesError(ShortenTraceback):
+    """Base of all errors of this package.
+
+    Derives from the one Dynamo exception that backends may raise without being wrapped into
+    ``BackendCompilerFailed``, so that ``except CompileModesError`` also works around a compiled call.
+
+    Args:
+        cause: what was wrong, one sentence.
+        where: the node, owner path, option or file that it is about.
+        remedy: what the caller can do.
+    """
+
+    def __init__(self, cause: str, *, where: str = "", remedy: str = "") -> None:
+        self.cause, self.where, self.remedy = cause, where, remedy
+        lines = [cause]
+        if where:
+            lines.append(f"  where: {where}")
+        if remedy:
+            lines.append(f"  what to do: {remedy}")
+        super().__init__("\n".join(lines), first_useful_frame=None)
+
+
+class BindError(CompileModesError):
+    """The object cannot be bound or baked; it is left as it was."""
+
+
+class OptionError(CompileModesError):
+    """A backend option, a mode or a pattern is not usable."""
+
+
+class OverrideError(CompileModesError):
+    """An explicit request for a mode matches no site, or a site that cannot be put into that mode."""
+
+
+class CaptureError(CompileModesError):
+    """The Dynamo graph could not be retraced to a pre-autograd ATen graph."""
+
+
+class ModeWarning(UserWarning):
+    """Something mode-dependent stays as it is, or a graph reaches Inductor without our stage."""

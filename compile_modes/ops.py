@@ -1,0 +1,202 @@
+"""THE table: what train/eval means for every ATen overload that carries a mode.
+
+One row per operator overload. The rest of the package asks :func:`lookup`; argument positions come from the
+operator's schema, so a row only names arguments. A test walks all ``aten::`` schemas and fails on a
+mode-carrying overload that has no row here.
+
+Deliberately *not* in the table:
+
+- ``bernoulli``, ``rand`` and friends: sampling, whose meaning (a DropPath mask, a VAE) is not in the operator.
+- ``fused_moving_avg_obs_fake_quant`` and other observers: switched by their own flags, not by train/eval.
+- ``batch_norm_stats``, ``batch_norm_elemt``, ``batch_norm_gather_stats``: the pieces of CUDA SyncBatchNorm,
+  reached only in train; eval runs another program (``batch_norm``).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch._ops import OpOverload
+
+from compile_modes._compat import aten_overload
+
+STATS = ("running_mean", "running_var")
+
+_KERNEL = "a kernel below training IR: its extra inputs and outputs depend on the mode"
+_BACKWARD = "a backward kernel: it follows from the forward when autograd is derived"
+_DECOMPOSED = "decomposed: the mode is spread over several nodes; bind the program before run_decompositions()"
+_QUANTIZED = "a quantized RNN runs inference only"
+
+
+@dataclass(frozen=True)
+class ModeOp:
+    """One mode-carrying operator overload.
+
+    Attributes:
+        overload: the operator.
+        family: dropout, batch_norm, instance_norm, rrelu, rnn or attention.
+        flag: name of the boolean argument that is the mode; None if there is none.
+        p: name of the probability argument. Without a flag it is the mode itself: 0 in eval, positive in train.
+        stats: names of the running statistics; None operands there mean batch statistics in both modes.
+        counter: whether eager advances the owner's ``num_batches_tracked`` beside this op in train.
+        shown: further literals worth showing (momentum, eps).
+        modeless: the op computes the same in both modes, whatever its flag says.
+        decomposed: the op appears in decomposed programs only.
+        refusal: why the op is never switched; empty if it can be.
+    """
+
+    overload: OpOverload
+    family: str
+    flag: str | None = None
+    p: str | None = None
+    stats: tuple[str, ...] = ()
+    counter: bool = False
+    shown: tuple[str, ...] = ()
+    modeless: bool = False
+    decomposed: bool = False
+    refusal: str = ""
+    _index: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._index.update({a.name: i for i, a in enumerate(self.overload._schema.arguments)})
+        for name in (self.flag, self.p, *self.stats, *self.shown):
+            if name is not None and name not in self._index:
+                raise ValueError(f"{self.overload} has no argument {name!r}; schema: {self.overload._schema}")
+
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+        """The value of argument ``name`` in a call, schema default included."""
+        if name in kwargs:
+            return kwargs[name]
+        index = self._index[name]
+        return args[index] if index < len(args) else self.overload._schema.arguments[index].default_value
+
+    def index(self, name: str) -> int:
+        """Position of argument ``name`` in the schema."""
+        return self._index[name]
+
+    def default(self, name: str) -> Any:
+        """Schema default of argument ``name``; None where it has none."""
+        return self.overload._schema.arguments[self._index[name]].default_value
+
+
+def _rows() -> Iterator[tuple[str, dict[str, Any]]]:
+    for stem in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"):
+        for name in (stem, stem + "_"):
+            yield name, {"family": "dropout", "flag": "train", "p": "p"}
+    for name in ("native_dropout", "native_dropout.out"):
+        yield name, {"family": "dropout", "flag": "train", "p": "p"}  # train is bool?; None means train
+    for name in ("_fused_dropout", "_fused_dropout.out"):
+        yield name, {"family": "dropout", "p": "p", "refusal": _KERNEL}
+
+    norm = {"family": "batch_norm", "counter": True, "stats": STATS}
+    plain = {**norm, "flag": "training", "shown": ("momentum", "eps")}
+    for name in (
+        "batch_norm",
+        "native_batch_norm",
+        "native_batch_norm.out",
+        "_batch_norm_impl_index",
+        "_native_batch_norm_legit",
+        "_native_batch_norm_legit.out",
+    ):
+        yield name, plain
+    vendor = {**norm, "flag": "training", "shown": ("exponential_average_factor", "epsilon")}
+    for name in ("cudnn_batch_norm", "cudnn_batch_norm.out", "miopen_batch_norm", "miopen_batch_norm.out"):
+        yield name, vendor
+    for name in ("no_stats", "no_stats_out"):
+        yield f"_native_batch_norm_legit.{name}", {"family": "batch_norm", "flag": "training", "modeless": True}
+    yield "_native_batch_norm_legit_functional", {**plain, "decomposed": True, "refusal": _DECOMPOSED}
+    in_name = {**norm, "shown": ("momentum", "eps"), "decomposed": True, "refusal": _DECOMPOSED}
+    for stem in ("_native_batch_norm_legit_no_training", "_batch_norm_with_update", "_batch_norm_no_update"):
+        yield stem, in_name
+        yield stem + ".out", in_name
+    yield "_batch_norm_with_update_functional", in_name
+
+    # No counter: eager's InstanceNorm never advances num_batches_tracked.
+    instance = {"family": "instance_norm", "flag": "use_input_stats", "stats": STATS, "shown": ("momentum", "eps")}
+    yield "instance_norm", instance
+
+    for name in ("rrelu", "rrelu_", "rrelu_with_noise", "rrelu_with_noise.out", "rrelu_with_noise_"):
+        yield name, {"family": "rrelu", "flag": "training"}
+    yield "rrelu_with_noise_functional", {"family": "rrelu", "flag": "training"}
+
+    rnn = {"family": "rnn", "flag": "train", "p": "dropout"}
+    for cell in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+        yield f"{cell}.input", rnn
+        yield f"{cell}.data", rnn
+    for cell in ("quantized_lstm", "quantized_gru"):
+        for name in ("input", "data", "input_legacy", "data_legacy"):
+            yield f"{cell}.{name}", {**rnn, "refusal": _QUANTIZED}
+    for name in ("_cudnn_rnn", "miopen_rnn", "_lstm_mps", "_cudnn_init_dropout_state"):
+        yield name, {**rnn, "refusal": _KERNEL}
+        yield name + ".out", {**rnn, "refusal": _KERNEL}
+    for name in ("mkldnn_rnn_layer", "mkldnn_rnn_layer.out"):
+        yield name, {"family": "rnn", "flag": "train", "refusal": _KERNEL}
+
+    attention = {"family": "attention", "p": "dropout_p"}
+    for name in (
+        "scaled_dot_product_attention",
+        "_scaled_dot_product_attention_math",
+        "_scaled_dot_product_attention_math_for_mps",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention.quantized",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_fused_attention_overrideable",
+        "_flash_attention_forward",
+        "_flash_attention_forward.quantized",
+        "_efficient_attention_forward",
+        "_cudnn_attention_forward",
+        "_triton_scaled_dot_attention",
+        "_triton_scaled_dot_attention.out",
+    ):
+        yield name, attention
+    for name in ("_fused_sdp_choice", "_fill_mem_eff_dropout_mask_", "_flash_attention_forward_no_dropout_inplace"):
+        yield name, {**attention, "refusal": _KERNEL}
+
+    yield from _backward_rows()
+
+
+def _backward_rows() -> Iterator[tuple[str, dict[str, Any]]]:
+    norm = {"family": "batch_norm", "flag": "train", "refusal": _BACKWARD}
+    for name in ("native_batch_norm_backward", "native_batch_norm_backward.out", "_batch_norm_impl_index_backward"):
+        yield name, norm
+    for name in ("rrelu_with_noise_backward", "rrelu_with_noise_backward.out"):
+        yield name, {"family": "rrelu", "flag": "training", "refusal": _BACKWARD}
+    rnn = {"family": "rnn", "flag": "train", "refusal": _BACKWARD}
+    for name in ("_cudnn_rnn_backward", "miopen_rnn_backward", "lstm_mps_backward"):
+        yield name, {**rnn, "p": "dropout"}
+        yield name + ".out", {**rnn, "p": "dropout"}
+    for name in ("mkldnn_rnn_layer_backward", "mkldnn_rnn_layer_backward.out"):
+        yield name, rnn
+    for name in (
+        "_scaled_dot_product_flash_attention_backward",
+        "_scaled_dot_product_flash_attention_for_cpu_backward",
+        "_scaled_dot_product_efficient_attention_backward",
+        "_scaled_dot_product_cudnn_attention_backward",
+        "_scaled_dot_product_fused_attention_overrideable_backward",
+        "_flash_attention_backward",
+        "_efficient_attention_backward",
+        "_cudnn_attention_backward",
+    ):
+        yield name, {"family": "attention", "p": "dropout_p", "refusal": _BACKWARD}
+
+
+def _build() -> dict[OpOverload, ModeOp]:
+    table: dict[OpOverload, ModeOp] = {}
+    for name, columns in _rows():
+        overload = aten_overload(name)
+        if overload is None:  # not in this torch: private kernels come and go between releases
+            continue
+        if overload in table:
+            raise ValueError(f"two rows for aten::{name} in the table of mode-dependent ops")
+        table[overload] = ModeOp(overload, **columns)
+    return table
+
+
+TABLE = _build()
+
+
+def lookup(target: Any) -> ModeOp | None:
+    """The row of a node's target, or None if the op means the same in both modes."""
+    return TABLE.get(target) if isinstance(target, OpOverload) else None

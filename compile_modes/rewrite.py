@@ -1,0 +1,193 @@
+"""The graph-to-graph rewrite: put sites into a mode, change nothing else."""
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import fx, nn
+
+from compile_modes import _compat, counters
+from compile_modes.bodies import Body, attribute, own
+from compile_modes.errors import OptionError, OverrideError
+from compile_modes.sites import Site, add_note, graph_root, sites
+
+MODES = {"train": True, "eval": False}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`set_mode` did.
+
+    Attributes:
+        changed: sites that were put into another mode.
+        unchanged: sites that were in the wanted mode before, or do the same in both.
+        refused: sites that cannot be put into the wanted mode, each with the reason.
+    """
+
+    changed: tuple[Site, ...]
+    unchanged: tuple[Site, ...]
+    refused: tuple[tuple[Site, str], ...]
+
+    def __str__(self) -> str:
+        counts = f"{len(self.changed)} changed, {len(self.unchanged)} already right, {len(self.refused)} refused"
+        return "\n".join([counts, *(f"  {site.node.name} (owner {site.owner!r}): {why}" for site, why in self.refused)])
+
+
+def set_mode(
+    graph_module: nn.Module, training: bool | None, *, overrides: Mapping[str, str] | None = None
+) -> Report:
+    """Puts the mode-dependent sites of a pre-autograd ATen graph into a mode, in place.
+
+    Only the argument that carries the mode changes, and the step of batch norm's ``num_batches_tracked`` comes and
+    goes with it. A bound site stays bound: its owner's ``training`` is set instead. Idempotent, linear in nodes.
+
+    Args:
+        graph_module: an exported, captured, PT2E-prepared or bound graph.
+        training: the mode for all sites that no override names; None leaves them as they are.
+        overrides: ``{owner glob: "train" | "eval"}``; the first pattern that matches a site's owner decides.
+
+    Raises:
+        OptionError: ``training`` or an override's mode is not one.
+        OverrideError: a pattern matches no site. Nothing has been changed then.
+        BindError: ``graph_module`` holds no graph.
+    """
+    overrides = check_overrides(training, overrides)
+    root = graph_root(graph_module)
+    wanted = assign(sites(root), training, overrides)
+    if own(root):
+        wanted = assign(sites(root), training, overrides)
+    return apply(root, wanted)
+
+
+def check_overrides(training: Any, overrides: Any) -> dict[str, str]:
+    """Validates the two arguments that ask for modes, here and as options of the backend."""
+    if training is not None and not isinstance(training, bool):
+        raise OptionError(f"training is {training!r}", remedy="pass True, False, or None to leave the modes alone")
+    if overrides is None:
+        return {}
+    if not isinstance(overrides, Mapping):
+        raise OptionError(f"overrides is a {type(overrides).__name__}", remedy='pass {"layer4.*": "eval"}')
+    for pattern, mode in overrides.items():
+        if not isinstance(pattern, str) or mode not in MODES:
+            raise OptionError(f"{mode!r} is not a mode", where=f"overrides[{pattern!r}]", remedy="use 'train' or 'eval'")
+    return dict(overrides)
+
+
+def assign(found: Iterable[Site], training: bool | None, overrides: Mapping[str, str]) -> list[tuple[Site, bool]]:
+    """The mode that each site is asked to be in; sites that nothing asks for are left out."""
+    found = list(found)
+    wanted = []
+    for site in found:
+        named = next((MODES[mode] for pattern, mode in overrides.items() if fnmatchcase(site.owner, pattern)), training)
+        if named is not None:
+            wanted.append((site, named))
+    owners = sorted({site.owner for site in found})
+    for pattern in overrides:
+        if not any(fnmatchcase(owner, pattern) for owner in owners):
+            raise no_match(pattern, owners, "overrides")
+    return wanted
+
+
+def no_match(pattern: str, owners: list[str], argument: str) -> OverrideError:
+    """The error for a pattern that names no owner, with the owners it may have meant."""
+    near = difflib.get_close_matches(pattern, owners, n=3, cutoff=0.4) or owners[:3]
+    return OverrideError(
+        f"the pattern {pattern!r} matches no mode-dependent site",
+        where=f"{argument}[{pattern!r}]",
+        remedy=f"owners here: {', '.join(repr(o) for o in near)}" if near else "this graph has no such site",
+    )
+
+
+def apply(
+    root: nn.Module, wanted: Iterable[tuple[Site, bool]], refusal: Callable[[Site, bool], str] = Site.refusal
+) -> Report:
+    """Carries out :func:`assign`; ``refusal`` decides what cannot be."""
+    changed, unchanged, refused = [], [], []
+    for site, training in wanted:
+        if site.modeless or site.training is training:
+            unchanged.append(site)
+        elif why := refusal(site, training):
+            refused.append((site, why))
+        else:
+            changed.append((site, training))
+    edited: set[nn.Module] = set()
+    for site, training in changed:
+        if site.bound:
+            set_flag(root, site, training)
+        else:
+            edited |= write_literal(site, training)
+        site.training = training
+    for module in edited:
+        _compat.refresh(module)
+    return Report(tuple(site for site, _ in changed), tuple(unchanged), tuple(refused))
+
+
+def set_flag(root: nn.Module, site: Site, training: bool) -> None:
+    """Sets the flag that a bound site reads."""
+    value = site.read(site.op.flag or str(site.op.p))
+    flag = value if site.op.flag else value.args[0]
+    holder = str(flag.target).rpartition(".")[0]
+    (attribute(site.body.module, holder) if holder else site.body.module).training = training
+    root.get_submodule(site.owner).training = training
+
+
+def write_literal(site: Site, training: bool) -> set[nn.Module]:
+    """Writes a mode into a site as a literal; returns the modules whose graphs it has edited."""
+    if site.op.flag is not None:
+        set_argument(site, site.op.flag, training)
+    elif training:
+        set_argument(site, str(site.op.p), site.p)
+    else:
+        add_note(site.node, p=site.p)  # the way back to train; the literal is the only other place that knows
+        set_argument(site, str(site.op.p), 0.0)
+    edited = {site.body.module}
+    if site.step is not None:
+        counters.set_literal(site.step, training)
+        edited.add(_owner_of_graph(site, site.step))
+        site.step = site.step if training else None
+    elif training and site.counter_at is not None and site.counter is not None:
+        body, anchor = site.counter_at
+        site.step = counters.insert(body.graph, anchor, state_node(body, site.counter), True)
+        edited.add(body.module)
+    return edited
+
+
+def _owner_of_graph(site: Site, node: fx.Node) -> nn.Module:
+    body: Body | None = site.body
+    while body is not None and body.graph is not node.graph:
+        body = body.parent
+    return body.module if body is not None else site.body.module
+
+
+def set_argument(site: Site, name: str, value: Any) -> None:
+    """Replaces one argument of a node, found by its name in the schema.
+
+    FX leaves trailing defaults out; an argument that is not there is added by name, and is left out again when it
+    goes back to its default, so that a round trip gives the same text.
+    """
+    node, index = site.node, site.op.index(name)
+    if index < len(node.args):
+        node.update_arg(index, value)
+    elif value == site.op.default(name) and not isinstance(value, fx.Node):
+        node.kwargs = {key: v for key, v in node.kwargs.items() if key != name}
+    else:
+        node.update_kwarg(name, value)
+
+
+def state_node(body: Body, path: str) -> fx.Node:
+    """The ``get_attr`` node of a buffer in a graph that can reach it; created if there is none."""
+    local = path.removeprefix(body.path + ".") if body.path else path
+    for node in body.graph.find_nodes(op="get_attr", sort=False):
+        if node.target == local:
+            return node
+    return attr_node(body.graph, local)
+
+
+def attr_node(graph: fx.Graph, target: str) -> fx.Node:
+    """A new ``get_attr`` node before the first computation."""
+    # Not graph.get_attr(): it warns about attributes that are neither parameters, buffers nor modules.
+    first = next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
+    with graph.inserting_before(first):
+        return graph.create_node("get_attr", target)

@@ -1,0 +1,254 @@
+"""Mode-dependent sites of a graph: which op, whose, in which mode, and what can be done about it."""
+
+import operator
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export.unflatten import UnflattenedModule
+
+from compile_modes import counters
+from compile_modes.bodies import Body, attribute, bodies, join, module_path, state_path
+from compile_modes.errors import BindError
+from compile_modes.ops import ModeOp, lookup
+
+# Node meta that export, Dynamo and AOTAutograd carry along (``custom``), under this key.
+NOTES = "compile_modes"
+HARD_CODED = "hard-coded"
+
+
+@dataclass(eq=False)
+class Site:
+    """One node whose result or side effects depend on mode.
+
+    Attributes:
+        node: the node, and ``body`` the graph that it stands in.
+        op: the table's row.
+        owner: dotted path of the submodule whose ``training`` decides (``""`` for the root).
+        training: the mode it is in; None if it has none (``modeless``) or computes it.
+        modeless: whether it does the same in both modes, such as a batch norm without running statistics.
+        bound: whether it reads its owner's ``training`` instead of a literal.
+        hard_coded: whether :func:`compile_modes.bind` found its literal at odds with its owner's other sites.
+        counter: attribute path of the ``num_batches_tracked`` that eager advances beside it in train, if any.
+        step: the node that advances the counter.
+        counter_at: without a step, the graph that can reach the counter, and the node there to put a step before.
+    """
+
+    node: fx.Node
+    body: Body
+    op: ModeOp
+    owner: str
+    training: bool | None
+    modeless: bool
+    bound: bool
+    hard_coded: bool
+    counter: str | None = None
+    step: fx.Node | None = None
+    counter_at: tuple[Body, fx.Node] | None = None
+
+    def read(self, name: str) -> Any:
+        """The operand for argument ``name`` of the op's schema."""
+        return self.op.read(self.node.args, dict(self.node.kwargs), name)
+
+    @property
+    def p(self) -> float | None:
+        """Probability in train mode; None if the op has none or the graph has lost it."""
+        if self.op.p is None:
+            return None
+        value = self.read(self.op.p)
+        if self.op.flag is None:
+            value = value.args[1] if self.bound else (value or note(self.node).get("p"))
+        return value
+
+    @property
+    def literals(self) -> dict[str, Any]:
+        """What the op is set to besides its mode: probability, or momentum and eps."""
+        shown = {} if self.op.p is None else {"p": self.p}
+        return shown | {name: self.read(name) for name in self.op.shown}
+
+    def refusal(self, training: bool) -> str:
+        """Why the site cannot be put into the given mode; empty if it can."""
+        if self.modeless or self.training is training:
+            return ""
+        if self.op.refusal:
+            return self.op.refusal
+        if self.training is None:
+            return f"its {self.op.flag or self.op.p} is computed in the graph"
+        if not training or self.bound:
+            return ""
+        return self._not_to_train()
+
+    def _not_to_train(self) -> str:
+        if self.op.flag is None and not self.p:
+            return f"{self.op.p} is 0: the op had none, or it was traced in eval mode and its p is lost"
+        if self.op.counter and self.read(self.op.shown[0]) == 0:
+            return "momentum 0.0 in an eval graph: momentum=None (a cumulative average) looks the same"
+        if self.counter and self.step is None and self.counter_at is None:
+            return f"{self.counter} is out of the graph's reach, so train could not advance it"
+        return ""
+
+    def __str__(self) -> str:
+        mode = {True: "train", False: "eval", None: "no mode"}[self.training]
+        return f"{self.node.name} ({self.op.overload}, owner {self.owner!r}, {mode})"
+
+
+def note(node: fx.Node) -> dict[str, Any]:
+    """What this package has noted on a node; survives deepcopy, export and Dynamo."""
+    noted: dict[str, Any] = (node.meta.get("custom") or {}).get(NOTES, {})
+    return noted
+
+
+def add_note(node: fx.Node, **items: Any) -> None:
+    node.meta["custom"] = {**(node.meta.get("custom") or {}), NOTES: {**note(node), **items}}
+
+
+def sites(obj: Any) -> list[Site]:
+    """The mode-dependent sites of an exported or captured program, in graph order.
+
+    Args:
+        obj: an ExportedProgram, a GraphModule (exported, bound, captured or PT2E-prepared), an UnflattenedModule,
+            or an OptimizedModule around one of these.
+
+    Raises:
+        BindError: ``obj`` holds no graph.
+    """
+    root = graph_root(obj)
+    graphs = bodies(root)
+    found = [
+        _site(body, node, row)
+        for body in graphs
+        for node in body.graph.nodes
+        if node.op == "call_function" and (row := lookup(node.target)) is not None
+    ]
+    _attach_counters(root, graphs, found)
+    return found
+
+
+def graph_root(obj: Any) -> nn.Module:
+    """The module with a graph that ``obj`` is or stands for."""
+    if isinstance(obj, torch.export.ExportedProgram):
+        return obj.module()
+    module = getattr(obj, "_orig_mod", obj)
+    if isinstance(module, fx.GraphModule | UnflattenedModule):
+        return module
+    raise BindError(
+        f"{type(module).__name__} has no graph of ATen ops",
+        remedy="export it first: torch.export.export(model, args); an eager module needs no binding",
+    )
+
+
+def _site(body: Body, node: fx.Node, row: ModeOp) -> Site:
+    kwargs = dict(node.kwargs)
+    modeless = row.modeless or _without_stats(node, row)
+    training, bound = (None, False) if modeless else _mode(body, node, row)
+    site = Site(node, body, row, module_path(node), training, modeless, bound, note(node).get("mode") == HARD_CODED)
+    if row.stats and (stats := state_path(body, row.read(node.args, kwargs, row.stats[0]))):
+        home = stats.rpartition(".")[0]
+        # Bodies of higher-order ops that Dynamo retraced have lost the stack of their nodes; statistics have a home.
+        site.owner = site.owner or home
+        if row.counter:
+            site.counter = join(home, "num_batches_tracked")
+    return site
+
+
+def _attach_counters(root: nn.Module, graphs: Iterable[Body], found: Iterable[Site]) -> None:
+    """Pairs each batch norm with its counter's step, or finds out where a step could stand."""
+    steps: dict[str, list[fx.Node]] = {}
+    for body in graphs:
+        for node in body.graph.nodes:
+            if counters.is_counter(node) and (path := state_path(body, node.args[0])) is not None:
+                steps.setdefault(path, []).append(node)
+    by_counter: dict[str, list[Site]] = {}
+    for site in found:
+        if site.counter is not None:
+            by_counter.setdefault(site.counter, []).append(site)
+    for path, users in by_counter.items():
+        own = steps.get(path, [])
+        # Each call in train has a step just before it. As many steps as calls although some are in eval: a graph
+        # whose flags other tools have flipped without minding the counter.
+        stepping = users if len(own) >= len(users) else [s for s in users if s.training or s.bound]
+        for site, step in zip(stepping, own, strict=False):
+            site.step = step
+        for site in users:
+            if site.step is None:
+                site.counter_at = _reach(root, site.body, site.node, path)
+                if site.counter_at is None and not _may_have_counter(root, path):
+                    site.counter = None
+
+
+def _may_have_counter(root: nn.Module, counter: str) -> bool:
+    """False if the module at hand shows that its batch norm keeps no counter (functional use, own buffers)."""
+    home = counter.rpartition(".")[0]
+    holder = attribute(root, home) if home else root
+    return holder is None or attribute(root, counter) is not None
+
+
+def _reach(root: nn.Module, body: Body, node: fx.Node, path: str) -> tuple[Body, fx.Node] | None:
+    """The graph, and the node in it to stand before, from which the buffer at ``path`` can be read."""
+    at: Body | None = body
+    while at is not None:
+        local = path if not at.path else path.removeprefix(at.path + ".")
+        readable = (not at.path or local != path) and attribute(at.module, local) is not None
+        if readable:
+            return at, node
+        if at.caller is None or not at.always:
+            return None
+        at, node = at.parent, at.caller
+    return None
+
+
+def _mode(body: Body, node: fx.Node, row: ModeOp) -> tuple[bool | None, bool]:
+    """The mode of a node, and whether it is read from a flag."""
+    kwargs = dict(node.kwargs)
+    if row.flag is not None:
+        value = row.read(node.args, kwargs, row.flag)
+        if is_flag(value):
+            return bool(attribute(body.module, value.target)), True
+        # native_dropout's None means train; a computed flag is shown as no mode of its own
+        return (True if value is None else value if isinstance(value, bool) else None), False
+    if row.p is not None:
+        value = row.read(node.args, kwargs, row.p)
+        if isinstance(value, fx.Node):
+            scaled = value.target is operator.mul and is_flag(value.args[0])
+            return (bool(attribute(body.module, value.args[0].target)) if scaled else None), scaled
+        return value > 0, False
+    return not ("no_training" in row.overload.name() or "no_update" in row.overload.name()), False
+
+
+def _without_stats(node: fx.Node, row: ModeOp) -> bool:
+    return bool(row.stats) and all(row.read(node.args, dict(node.kwargs), name) is None for name in row.stats)
+
+
+def is_flag(value: Any) -> bool:
+    """Whether a value of a graph is the ``training`` of a module."""
+    return isinstance(value, fx.Node) and value.op == "get_attr" and str(value.target).split(".")[-1] == "training"
+
+
+def explain(obj: Any) -> str:
+    """A table of the sites of ``obj``: op, owner, mode, literals, and every switch that is not possible, with the reason.
+
+    Takes what :func:`sites` takes and raises what it raises.
+    """
+    found = sites(obj)
+    if not found:
+        return "no mode-dependent sites"
+    rows = [("op", "owner", "mode", "held by", "literals", "limits")]
+    rows += [(str(s.op.overload), s.owner or "(root)", *_described(s)) for s in found]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    total = Counter(s.op.family for s in found)
+    lines.append(f"{len(found)} sites: " + ", ".join(f"{n} {family}" for family, n in sorted(total.items())))
+    return "\n".join(lines)
+
+
+def _described(site: Site) -> tuple[str, str, str, str]:
+    mode = {True: "train", False: "eval", None: "-"}[site.training]
+    held = "flag" if site.bound else "hard-coded" if site.hard_coded else "literal"
+    literals = ", ".join(f"{name}={value}" for name, value in site.literals.items())
+    limits = [f"not to {name}: {why}" for name, t in (("train", True), ("eval", False)) if (why := site.refusal(t))]
+    if site.modeless:
+        limits = ["the same computation in both modes"]
+    return mode, held, literals, "; ".join(limits)
