@@ -9,6 +9,12 @@ from compile_modes.errors import (
     OptionError,
     OverrideError,
 )
+from compile_modes.exported import (
+    allow_exported_model_train_eval,
+    model_is_exported,
+    move_exported_model_to_eval,
+    move_exported_model_to_train,
+)
 from compile_modes.rewrite import Report, set_mode
 from compile_modes.sites import Site, explain, sites
 
@@ -21,9 +27,13 @@ __all__ = [
     "OverrideError",
     "Report",
     "Site",
+    "allow_exported_model_train_eval",
     "bake",
     "bind",
     "explain",
+    "model_is_exported",
+    "move_exported_model_to_eval",
+    "move_exported_model_to_train",
     "set_mode",
     "sites",
 ]

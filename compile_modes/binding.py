@@ -6,7 +6,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -15,7 +14,7 @@ from torch import fx, nn
 from compile_modes import _compat, counters
 from compile_modes.bodies import Body, attribute, bodies, join, own
 from compile_modes.errors import BindError, ModeWarning
-from compile_modes.rewrite import attr_node, no_match, set_argument, state_node, write_literal
+from compile_modes.rewrite import attr_node, no_match, owner_matches, set_argument, state_node, write_literal
 from compile_modes.sites import HARD_CODED, Site, add_note, graph_root, is_flag, note, sites
 
 _CELL = "_mode_cell"
@@ -154,9 +153,9 @@ def _kept(found: list[Site], keep: Sequence[str]) -> set[Site]:
         keep = (keep,)
     owners = sorted({site.owner for site in found})
     for pattern in keep:
-        if not any(fnmatchcase(owner, pattern) for owner in owners):
+        if not any(owner_matches(owner, pattern) for owner in owners):
             raise no_match(pattern, owners, "keep")
-    return {site for site in found if any(fnmatchcase(site.owner, pattern) for pattern in keep)}
+    return {site for site in found if any(owner_matches(site.owner, pattern) for pattern in keep)}
 
 
 def _choose(found: list[Site]) -> tuple[dict[str, bool], list[Site], list[Site]]:

@@ -80,14 +80,19 @@ def assign(found: Iterable[Site], training: bool | None, overrides: Mapping[str,
     found = list(found)
     wanted = []
     for site in found:
-        named = next((MODES[mode] for pattern, mode in overrides.items() if fnmatchcase(site.owner, pattern)), training)
+        named = next((MODES[mode] for pattern, mode in overrides.items() if owner_matches(site.owner, pattern)), training)
         if named is not None:
             wanted.append((site, named))
     owners = sorted({site.owner for site in found})
     for pattern in overrides:
-        if not any(fnmatchcase(owner, pattern) for owner in owners):
+        if not any(owner_matches(owner, pattern) for owner in owners):
             raise no_match(pattern, owners, "overrides")
     return wanted
+
+
+def owner_matches(owner: str, pattern: str) -> bool:
+    """Whether a glob names an owner, ``"layer4.*"`` all below ``layer4``; case matters."""
+    return fnmatchcase(owner, pattern)
 
 
 def no_match(pattern: str, owners: list[str], argument: str) -> OverrideError:

@@ -1,0 +1,194 @@
+"""The backend ``pt2e_modes``: capture before autograd, put every site into its mode, hand over to Inductor."""
+
+import difflib
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export.unflatten import UnflattenedModule
+
+from compile_modes import _compat
+from compile_modes.capture import capture
+from compile_modes.errors import CaptureError, ModeWarning, OptionError, OverrideError
+from compile_modes.rewrite import apply, assign, check_overrides, owner_matches
+from compile_modes.sites import Site, sites
+
+_OWN_OPTIONS = ("training", "overrides")
+_warned: set[str] = set()
+_warned_modules: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
+
+@dataclass(frozen=True)
+class Options:
+    """The backend's options, split into ours and Inductor's."""
+
+    training: bool | None = None
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def explicit(self) -> bool:
+        """Whether modes are asked for that the module's flags don't say."""
+        return self.training is not None or bool(self.overrides)
+
+    @classmethod
+    def parse(cls, mode: str | None, options: Mapping[str, Any] | None) -> "Options":
+        """Validates ``mode=`` and ``options=`` of ``torch.compile``; raises OptionError."""
+        modes = list(torch._inductor.list_mode_options())
+        if mode is not None and mode != "default" and mode not in modes:
+            raise OptionError(f"{mode!r} is not a mode of torch.compile", where="mode", remedy=_near(mode, modes))
+        given = dict(options or {})
+        training = given.pop("training", None)
+        overrides = check_overrides(training, given.pop("overrides", None))
+        known = torch._inductor.list_options()
+        for key in given:
+            if key.replace("-", "_") not in known:
+                raise OptionError(
+                    f"{key!r} is an option neither of pt2e_modes nor of Inductor",
+                    where="options",
+                    remedy=_near(key, [*_OWN_OPTIONS, *known]),
+                )
+        return cls(training, overrides, given)
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3)
+    return f"did you mean {', '.join(map(repr, near))}?" if near else f"known: {', '.join(known[:6])}, ..."
+
+
+def pt2e_modes(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The backend: ``torch.compile(m, backend="pt2e_modes", mode=..., options=...)``.
+
+    Each site is compiled in the mode that Dynamo read from its owner's ``training``, and Dynamo guards on that read,
+    so that every combination of modes in use compiles once. Options ask for something else:
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: its inputs.
+        mode: as for stock ``torch.compile``.
+        options: ``training``: None follows the flags, True or False forces all sites. ``overrides``:
+            ``{owner glob: "train" | "eval"}``, first match wins. Anything else is an option of Inductor.
+
+    Returns:
+        What Inductor compiled.
+
+    Raises:
+        OptionError: an unknown option or mode, or an unusable value.
+        OverrideError: a pattern matches no site, or a site can't be put into the mode asked for.
+        CaptureError: the graph can't be retraced and modes were asked for.
+
+    Warns:
+        ModeWarning: the graph can't be retraced, and goes to Inductor as it came; or it holds an exported module that
+            is not bound.
+    """
+    parsed = Options.parse(mode, options)
+    compile_fx = _compat.inductor(mode, dict(parsed.inductor))
+    _warn_unbound(_compat.frame_modules())
+    try:
+        captured = capture(gm, example_inputs)
+    except CaptureError as error:
+        if parsed.explicit:
+            raise
+        _warn_once(f"pt2e_modes hands a graph to Inductor as it came.\n{error}")
+        return compile_fx(gm, example_inputs)
+    advanced = _put_into_modes(captured, parsed, whole=_compat.is_whole_frame(gm)) if parsed.explicit else []
+    _warn_rnn(captured)
+    compiled = compile_fx(captured, example_inputs)
+    return _advancing(compiled, advanced) if advanced else compiled
+
+
+pt2e_modes.reset = _compat.reset_inductor  # type: ignore[attr-defined]  # torch.compiler.reset() calls it
+
+
+def _put_into_modes(captured: fx.GraphModule, options: Options, *, whole: bool) -> list["weakref.ref[nn.Module]"]:
+    """Rewrites a captured graph as asked; returns the batch norms whose counter the graph can't reach."""
+    found = sites(captured)
+    owners = {site.owner for site in found}
+    if whole:
+        overrides = options.overrides
+    else:  # a pattern may be meant for another part of the module
+        overrides = {p: m for p, m in options.overrides.items() if any(owner_matches(o, p) for o in owners)}
+    outside: dict[Site, nn.Module] = {}
+    report = apply(captured, assign(found, options.training, overrides), lambda s, t: _refusal(s, t, outside))
+    if report.refused:
+        raise OverrideError(
+            f"{len(report.refused)} sites can't be put into the mode that was asked for:\n"
+            + "\n".join(f"  {site}: {why}" for site, why in report.refused),
+            remedy='leave them out by a pattern of their own that comes first, such as {"*.self_attn": "eval"}',
+        )
+    return [weakref.ref(outside[site]) for site in report.changed if site in outside]
+
+
+def _refusal(site: Site, training: bool, outside: dict[Site, nn.Module]) -> str:
+    """As :meth:`Site.refusal`, but a counter that Dynamo's eval graph lacks can be advanced beside the graph."""
+    why = site.refusal(training)
+    if not why or not training or site.counter is None or site.step is not None or site.counter_at is not None:
+        return why
+    running_mean = site.read(site.op.stats[0])
+    owner = _compat.pin_owner(running_mean) if running_mean.op == "placeholder" else None
+    if owner is None:
+        return why
+    if isinstance(getattr(owner, "num_batches_tracked", None), torch.Tensor):
+        outside[site] = owner
+    site.counter = None
+    return site.refusal(training)
+
+
+def _advancing(compiled: Callable[..., Any], owners: list["weakref.ref[nn.Module]"]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        for owner in owners:
+            module = owner()
+            assert module is not None, "Dynamo's guards keep calls of dead modules away"
+            module.num_batches_tracked.add_(1)  # type: ignore[union-attr, operator]
+        return compiled(*args)
+
+    return run
+
+
+def _warn_once(text: str) -> None:
+    if text not in _warned:
+        _warned.add(text)
+        warnings.warn(text, ModeWarning, stacklevel=2)
+
+
+def _exported(module: nn.Module) -> Iterator[nn.Module]:
+    if isinstance(module, fx.GraphModule | UnflattenedModule):
+        yield module
+    else:
+        for child in module.children():
+            yield from _exported(child)
+
+
+def _warn_unbound(roots: Sequence[nn.Module]) -> None:
+    for root in roots:
+        for module in _exported(root):
+            if module in _warned_modules:
+                continue
+            found = [s for s in sites(module) if s.training is not None and not s.op.refusal and not s.hard_coded]
+            if found and not any(site.bound for site in found):
+                _warned_modules.add(module)
+                warnings.warn(
+                    f"an exported module with {len(found)} mode-dependent sites is compiled as it was exported: "
+                    "train() and eval() do not reach them. Call compile_modes.bind(module) before torch.compile.",
+                    ModeWarning,
+                    stacklevel=2,
+                )
+
+
+def _warn_rnn(captured: fx.GraphModule) -> None:
+    for site in sites(captured):
+        if site.op.family == "rnn" and site.training and site.p and site.read("num_layers") > 1:
+            _warn_once(
+                f"{site.op.overload} (owner {site.owner!r}) is compiled without its dropout between layers: torch's "
+                "decomposition loses it (_decomp/decompositions.py). Run this module in eager mode to train with it."
+            )
