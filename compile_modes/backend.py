@@ -92,7 +92,7 @@ def pt2e_modes(
             is not bound.
     """
     parsed = Options.parse(mode, options)
-    compile_fx = _compat.inductor(mode, dict(parsed.inductor))
+    compile_fx: Callable[..., Callable[..., Any]] = _compat.inductor(mode, dict(parsed.inductor))
     _warn_unbound(_compat.frame_modules())
     try:
         captured = capture(gm, example_inputs)
@@ -149,7 +149,7 @@ def _advancing(compiled: Callable[..., Any], owners: list["weakref.ref[nn.Module
         for owner in owners:
             module = owner()
             assert module is not None, "Dynamo's guards keep calls of dead modules away"
-            module.num_batches_tracked.add_(1)  # type: ignore[union-attr, operator]
+            module.num_batches_tracked.add_(1)  # type: ignore[operator]
         return compiled(*args)
 
     return run

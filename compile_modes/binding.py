@@ -6,16 +6,16 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from torch import fx, nn
 
 from compile_modes import _compat, counters
-from compile_modes.bodies import Body, attribute, bodies, join, own
+from compile_modes.bodies import Body, bodies, join, own
 from compile_modes.errors import BindError, ModeWarning
 from compile_modes.rewrite import attr_node, no_match, owner_matches, set_argument, state_node, write_literal
-from compile_modes.sites import HARD_CODED, Site, add_note, graph_root, is_flag, note, sites
+from compile_modes.sites import HARD_CODED, Site, add_note, graph_root, is_flag, sites
 
 _CELL = "_mode_cell"
 _M = TypeVar("_M", bound=nn.Module)
@@ -144,7 +144,7 @@ def _decomposed(where: str) -> BindError:
     return BindError(
         "the program is decomposed, and bind does not treat decomposed programs yet",
         where=where,
-        remedy="bind the result of torch.export.export() before run_decompositions(), and export the bound module again",
+        remedy="bind the result of torch.export.export(), and decompose after exporting the bound module again",
     )
 
 
@@ -167,8 +167,8 @@ def _choose(found: list[Site]) -> tuple[dict[str, bool], list[Site], list[Site]]
         if site.op.flag is not None or site.training:  # attention without dropout is the same in both modes
             votes.setdefault(site.owner, []).append(bool(site.training))
     program = _majority([vote for owner in votes.values() for vote in owner])
-    for owner, cast in votes.items():
-        modes.setdefault(owner, _majority(cast, program))
+    for owner, own_votes in votes.items():
+        modes.setdefault(owner, _majority(own_votes, program))
     chosen = [s for s in candidates if modes.setdefault(s.owner, program) is s.training]
     odd = [s for s in candidates if s not in chosen and (s.op.flag is not None or s.training)]
     # Attention whose p is 0 while its owner trains had no dropout: there is nothing to bind.
@@ -176,7 +176,7 @@ def _choose(found: list[Site]) -> tuple[dict[str, bool], list[Site], list[Site]]
 
 
 def _majority(votes: list[bool], tie: bool = False) -> bool:
-    """The more frequent vote. Ties go to eval: a flag at odds with its owner is ``training=True``, F.dropout's default."""
+    """The more frequent vote. Ties go to eval: the usual odd one out is F.dropout's default, ``training=True``."""
     count = Counter(votes)
     return tie if count[True] == count[False] else count[True] > count[False]
 
@@ -241,7 +241,7 @@ def _flag(root: nn.Module, body: Body, owner: str) -> fx.Node:
         target = _cell(root, body, owner)
     for node in body.graph.find_nodes(op="get_attr", sort=False):
         if node.target == target:
-            return node
+            return cast(fx.Node, node)
     return attr_node(body.graph, target)
 
 

@@ -50,15 +50,21 @@ def own(root: nn.Module) -> bool:
     ``ep.module()`` and ``unflatten(ep)`` hand out the very body modules of the ExportedProgram, so an edit in place
     would reach the program and every other module made from it.
     """
+    replaced: set[nn.Module] = set()
     for body in bodies(root):
-        shared = body.caller is not None and body.caller.op == "call_function" and _OWNED not in body.module.meta
-        if shared and body.parent is not None:
-            copied = fx.GraphModule(body.module, copy.deepcopy(body.graph))
-            copied.meta = {**body.module.meta, _OWNED: True}
+        if body.parent is None or body.caller is None:
+            continue
+        module = body.module
+        if body.parent.module in replaced:
+            replaced.add(module)  # below a copy, which has seen to its own bodies
+        elif body.caller.op == "call_function" and isinstance(module, fx.GraphModule) and _OWNED not in module.meta:
+            copied = fx.GraphModule(module, copy.deepcopy(body.graph))
+            copied.meta = {**module.meta, _OWNED: True}
+            own(copied)
             holder, _, name = body.path.removeprefix(body.parent.path).lstrip(".").rpartition(".")
             setattr(attribute(body.parent.module, holder) if holder else body.parent.module, name, copied)
-            return own(root) or True  # the bodies below the copy are those of the original still
-    return False
+            replaced.add(module)
+    return bool(replaced)
 
 
 def canonical(path: str) -> str:
@@ -93,7 +99,7 @@ def bodies(root: nn.Module) -> list[Body]:
 def _children(body: Body, node: fx.Node, calls: dict[str, int]) -> Iterator[Body]:
     if node.op == "call_module":
         target = str(node.target)
-        module = body.module.get_submodule(target)
+        module: Any = body.module.get_submodule(target)
         if hasattr(module, "call_modules"):  # unflatten's dispatcher: one graph per call, in turn
             turn = calls.get(target, 0)
             calls[target] = turn + 1
@@ -129,13 +135,14 @@ def attribute(module: Any, path: str) -> Any:
 def state_path(body: Body | None, value: Any) -> str | None:
     """The attribute path of the parameter or buffer that a value of a graph is, or None if it is none."""
     while body is not None and isinstance(value, fx.Node):
-        node = value
+        node: fx.Node = value
         if node.op == "get_attr":
             return canonical(join(body.path, str(node.target)))
         if node.op == "placeholder":
-            if node not in body.operands:
+            operand = body.operands.get(node)
+            if operand is None:
                 return dynamo_path(_compat.source_name(node)) or None
-            body, value = body.parent, body.operands[node]
+            body, value = body.parent, operand
         elif counters.is_counter(node):  # returns the tensor that it advances
             value = node.args[0]
         else:

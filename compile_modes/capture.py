@@ -41,7 +41,6 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
     return captured
 
 
-
 def _failing_node(error: Exception) -> str:
     """The node that the interpreter was at; it says so at the end of the exception's text."""
     return next((line for line in str(error).splitlines() if line.startswith("While executing ")), "")

@@ -3,8 +3,6 @@
 import torch
 from torch import fx
 
-from compile_modes import _compat
-
 ADD_ = torch.ops.aten.add_.Tensor
 
 

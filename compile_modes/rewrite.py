@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 from torch import fx, nn
 
@@ -35,9 +35,7 @@ class Report:
         return "\n".join([counts, *(f"  {site.node.name} (owner {site.owner!r}): {why}" for site, why in self.refused)])
 
 
-def set_mode(
-    graph_module: nn.Module, training: bool | None, *, overrides: Mapping[str, str] | None = None
-) -> Report:
+def set_mode(graph_module: nn.Module, training: bool | None, *, overrides: Mapping[str, str] | None = None) -> Report:
     """Puts the mode-dependent sites of a pre-autograd ATen graph into a mode, in place.
 
     Only the argument that carries the mode changes, and the step of batch norm's ``num_batches_tracked`` comes and
@@ -71,7 +69,9 @@ def check_overrides(training: Any, overrides: Any) -> dict[str, str]:
         raise OptionError(f"overrides is a {type(overrides).__name__}", remedy='pass {"layer4.*": "eval"}')
     for pattern, mode in overrides.items():
         if not isinstance(pattern, str) or mode not in MODES:
-            raise OptionError(f"{mode!r} is not a mode", where=f"overrides[{pattern!r}]", remedy="use 'train' or 'eval'")
+            raise OptionError(
+                f"{mode!r} is not a mode", where=f"overrides[{pattern!r}]", remedy="use 'train' or 'eval'"
+            )
     return dict(overrides)
 
 
@@ -80,7 +80,9 @@ def assign(found: Iterable[Site], training: bool | None, overrides: Mapping[str,
     found = list(found)
     wanted = []
     for site in found:
-        named = next((MODES[mode] for pattern, mode in overrides.items() if owner_matches(site.owner, pattern)), training)
+        named = next(
+            (MODES[mode] for pattern, mode in overrides.items() if owner_matches(site.owner, pattern)), training
+        )
         if named is not None:
             wanted.append((site, named))
     owners = sorted({site.owner for site in found})
@@ -186,7 +188,7 @@ def state_node(body: Body, path: str) -> fx.Node:
     local = path.removeprefix(body.path + ".") if body.path else path
     for node in body.graph.find_nodes(op="get_attr", sort=False):
         if node.target == local:
-            return node
+            return cast(fx.Node, node)
     return attr_node(body.graph, local)
 
 

@@ -58,9 +58,9 @@ class Site:
         """Probability in train mode; None if the op has none or the graph has lost it."""
         if self.op.p is None:
             return None
-        value = self.read(self.op.p)
+        value: float | None = self.read(self.op.p)
         if self.op.flag is None:
-            value = value.args[1] if self.bound else (value or note(self.node).get("p"))
+            value = value.args[1] if isinstance(value, fx.Node) and self.bound else value or note(self.node).get("p")
         return value
 
     @property
@@ -174,7 +174,7 @@ def _attach_counters(root: nn.Module, graphs: Iterable[Body], found: Iterable[Si
             site.step = step
         for site in users:
             if site.step is None:
-                site.counter_at = _reach(root, site.body, site.node, path)
+                site.counter_at = _reach(site.body, site.node, path)
                 if site.counter_at is None and not _may_have_counter(root, path):
                     site.counter = None
 
@@ -186,18 +186,17 @@ def _may_have_counter(root: nn.Module, counter: str) -> bool:
     return holder is None or attribute(root, counter) is not None
 
 
-def _reach(root: nn.Module, body: Body, node: fx.Node, path: str) -> tuple[Body, fx.Node] | None:
+def _reach(body: Body, node: fx.Node, path: str) -> tuple[Body, fx.Node] | None:
     """The graph, and the node in it to stand before, from which the buffer at ``path`` can be read."""
-    at: Body | None = body
-    while at is not None:
-        local = path if not at.path else path.removeprefix(at.path + ".")
-        readable = (not at.path or local != path) and attribute(at.module, local) is not None
-        if readable:
-            return at, node
-        if at.caller is None or not at.always:
+    while True:
+        local = path.removeprefix(body.path + ".") if body.path else path
+        inside = not body.path or local != path
+        if inside and attribute(body.module, local) is not None:
+            return body, node
+        caller = body.caller
+        if body.parent is None or caller is None or not body.always:
             return None
-        at, node = at.parent, at.caller
-    return None
+        body, node = body.parent, caller
 
 
 def _mode(body: Body, node: fx.Node, row: ModeOp) -> tuple[bool | None, bool]:
@@ -206,16 +205,20 @@ def _mode(body: Body, node: fx.Node, row: ModeOp) -> tuple[bool | None, bool]:
     if row.flag is not None:
         value = row.read(node.args, kwargs, row.flag)
         if is_flag(value):
-            return bool(attribute(body.module, value.target)), True
+            return _flag_value(body, value), True
         # native_dropout's None means train; a computed flag is shown as no mode of its own
         return (True if value is None else value if isinstance(value, bool) else None), False
     if row.p is not None:
         value = row.read(node.args, kwargs, row.p)
         if isinstance(value, fx.Node):
             scaled = value.target is operator.mul and is_flag(value.args[0])
-            return (bool(attribute(body.module, value.args[0].target)) if scaled else None), scaled
+            return (_flag_value(body, value.args[0]) if scaled else None), scaled
         return value > 0, False
     return not ("no_training" in row.overload.name() or "no_update" in row.overload.name()), False
+
+
+def _flag_value(body: Body, flag: Any) -> bool:
+    return bool(attribute(body.module, str(flag.target)))
 
 
 def _without_stats(node: fx.Node, row: ModeOp) -> bool:
@@ -228,7 +231,7 @@ def is_flag(value: Any) -> bool:
 
 
 def explain(obj: Any) -> str:
-    """A table of the sites of ``obj``: op, owner, mode, literals, and every switch that is not possible, with the reason.
+    """A table of the sites of ``obj``: op, owner, mode, literals, and each switch that isn't possible, with the reason.
 
     Takes what :func:`sites` takes and raises what it raises.
     """
