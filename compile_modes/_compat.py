@@ -3,6 +3,7 @@
 Checked on torch 2.11.0, 2.13.0 and 2.14.1. When a torch release moves one of these, this file is the one to change.
 """
 
+import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import Source
 from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 CHECKED_ON = ("2.11.0", "2.13.0", "2.14.1")
@@ -111,6 +113,11 @@ def fake_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
     for placeholder, fake, given in zip(placeholders, inputs, example_inputs, strict=True):
         if isinstance(fake, torch.Tensor) and isinstance(given, torch.Tensor) and not _same_layout(fake, given):
             raise ValueError(f"the metadata of input {placeholder} has been changed by the graph itself")
+    for node in gm.graph.find_nodes(op="call_method", target="item"):
+        # With dynamic shapes, a float of the user's is a 0-d tensor input; what its item() is, Dynamo has decided.
+        scalar, value = node.args[0].meta.get("example_value"), node.meta.get("example_value")
+        if isinstance(scalar, FakeTensor) and isinstance(value, torch.SymFloat):
+            scalar.item_memo = value
     return inputs
 
 
@@ -127,8 +134,11 @@ def trace_pre_dispatch(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphMod
 
     This is AOTAutograd's tracer; ``pre_dispatch`` keeps composite ops such as ``batch_norm`` and ``dropout`` whole.
     """
-    with fx.traceback.preserve_node_meta():
-        return make_fx(fx.Interpreter(gm).run, pre_dispatch=True, tracing_mode="fake")(*inputs)
+    # Not tracing_mode="fake": it makes new fakes in the mode that Dynamo keeps for the backend, which know nothing of
+    # the item() of a scalar input.
+    modes = [value.fake_mode for value in inputs if isinstance(value, FakeTensor)]
+    with fx.traceback.preserve_node_meta(), modes[0] if modes else contextlib.nullcontext():
+        return make_fx(fx.Interpreter(gm).run, pre_dispatch=True, tracing_mode="real")(*inputs)
 
 
 def carry_placeholders(source: fx.Graph, target: fx.Graph) -> None:

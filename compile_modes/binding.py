@@ -6,15 +6,15 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import fx, nn
 
 from compile_modes import _compat, counters
-from compile_modes.bodies import Body, bodies, join, own
+from compile_modes.bodies import Body, attribute, bodies, join, module_type, own
 from compile_modes.errors import BindError, ModeWarning
-from compile_modes.rewrite import attr_node, no_match, owner_matches, set_argument, state_node, write_literal
+from compile_modes.rewrite import attr_node, insert_step, no_match, owner_matches, set_argument, write_literal
 from compile_modes.sites import HARD_CODED, Site, add_note, graph_root, is_flag, sites
 
 _CELL = "_mode_cell"
@@ -48,6 +48,8 @@ def bind(exported: Any, *, keep: Sequence[str] = ()) -> Any:
     if isinstance(exported, torch.export.ExportedProgram) and exported.dialect == "ATEN":
         raise _decomposed("an ExportedProgram in the ATEN dialect")
     root = graph_root(exported)
+    if isinstance(exported, torch.export.ExportedProgram):
+        _restore_state(root, exported)
     plan = _plan(root, keep)
     if own(root):
         plan = _plan(root, keep)
@@ -67,6 +69,7 @@ def bind(exported: Any, *, keep: Sequence[str] = ()) -> Any:
     for module in edited:
         _compat.refresh(module)
     _warn_stuck(plan)
+    _warn_uncounted(plan)
     return root if isinstance(exported, torch.export.ExportedProgram) else exported
 
 
@@ -158,6 +161,18 @@ def _kept(found: list[Site], keep: Sequence[str]) -> set[Site]:
     return {site for site in found if any(owner_matches(site.owner, pattern) for pattern in keep)}
 
 
+def _restore_state(root: nn.Module, program: torch.export.ExportedProgram) -> None:
+    """Puts back what ``module()`` drops of a strict eval export: the buffers that only train reads."""
+    for name, tensor in program.state_dict.items():
+        if attribute(root, name) is None:
+            path, _, leaf = name.rpartition(".")
+            holder = _ensure_module(root, path)
+            if isinstance(tensor, nn.Parameter):
+                holder.register_parameter(leaf, tensor)
+            else:
+                holder.register_buffer(leaf, tensor)
+
+
 def _choose(found: list[Site]) -> tuple[dict[str, bool], list[Site], list[Site]]:
     """The mode of each owner, the sites to bind (all in that mode), and the ones that are at odds with it."""
     candidates = [s for s in found if s.training is not None and not s.bound and not s.hard_coded]
@@ -224,10 +239,9 @@ def _bind_sites(root: nn.Module, found: list[Site]) -> set[nn.Module]:
             body = graphs[site.step.graph]
             counters.bind(site.step, _flag(root, body, site.owner))
             edited.add(body.module)
-        elif site.counter is not None and site.counter_at is not None:
-            body, anchor = site.counter_at
-            counters.insert(body.graph, anchor, state_node(body, site.counter), _flag(root, body, site.owner))
-            edited.add(body.module)
+        elif site.counter_at is not None:
+            insert_step(site.counter_at, _flag(root, site.counter_at.body, site.owner))
+            edited.add(site.counter_at.body.module)
     return edited
 
 
@@ -239,9 +253,6 @@ def _flag(root: nn.Module, body: Body, owner: str) -> fx.Node:
         target = join(owner[len(body.path) + 1 :], "training")
     else:
         target = _cell(root, body, owner)
-    for node in body.graph.find_nodes(op="get_attr", sort=False):
-        if node.target == target:
-            return cast(fx.Node, node)
     return attr_node(body.graph, target)
 
 
@@ -285,3 +296,19 @@ def _warn_stuck(plan: _Plan) -> None:
         ModeWarning,
         stacklevel=3,
     )
+
+
+def _warn_uncounted(plan: _Plan) -> None:
+    """A batch norm module always has a counter; its absence means that export has dropped it."""
+    lost = [
+        site.owner
+        for site in plan.bindable
+        if site.op.counter and site.counter is None and module_type(site.node).startswith("torch.nn.modules.batchnorm.")
+    ]
+    if lost:
+        warnings.warn(
+            f"num_batches_tracked of {', '.join(map(repr, lost[:5]))} is not in the exported module and will not be "
+            "counted (strict export in eval mode drops it).\n  what to do: bind the ExportedProgram instead",
+            ModeWarning,
+            stacklevel=3,
+        )

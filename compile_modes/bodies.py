@@ -181,3 +181,10 @@ def module_path(node: fx.Node) -> str:
     """The path of the submodule whose ``forward`` ran ``node``, from its ``nn_module_stack``; ``""`` for the root."""
     stack = node.meta.get("nn_module_stack")
     return canonical(dynamo_path(list(stack.values())[-1][0])) if stack else ""
+
+
+def module_type(node: fx.Node) -> str:
+    """The qualified class name of that submodule; ``""`` if unknown."""
+    stack = node.meta.get("nn_module_stack")
+    kind = list(stack.values())[-1][1] if stack else ""
+    return kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"

@@ -40,11 +40,9 @@ def set_literal(step: fx.Node, training: bool) -> None:
 
 def insert(graph: fx.Graph, anchor: fx.Node, counter: fx.Node, flag: fx.Node | bool) -> fx.Node:
     """Puts a step before ``anchor``, bound to ``flag`` or, if that is True, unconditional."""
+    target, operand = (advance, flag) if isinstance(flag, fx.Node) else (ADD_, 1)
     with graph.inserting_before(anchor):
-        if isinstance(flag, fx.Node):
-            step = graph.call_function(advance, (counter, flag))
-        else:
-            step = graph.call_function(ADD_, (counter, 1))
+        step = graph.create_node("call_function", target, (counter, operand), name="add_")
     if (stack := anchor.meta.get("nn_module_stack")) is not None:
         step.meta["nn_module_stack"] = stack
     return step

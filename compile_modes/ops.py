@@ -79,7 +79,21 @@ class ModeOp:
         return self.overload._schema.arguments[self._index[name]].default_value
 
 
-def _rows() -> Iterator[tuple[str, dict[str, Any]]]:
+Rows = Iterator[tuple[str, dict[str, Any]]]
+
+
+def _rows() -> Rows:
+    yield from _dropout_rows()
+    yield from _norm_rows()
+    for name in ("rrelu", "rrelu_", "rrelu_with_noise", "rrelu_with_noise.out", "rrelu_with_noise_"):
+        yield name, {"family": "rrelu", "flag": "training"}
+    yield "rrelu_with_noise_functional", {"family": "rrelu", "flag": "training"}
+    yield from _rnn_rows()
+    yield from _attention_rows()
+    yield from _backward_rows()
+
+
+def _dropout_rows() -> Rows:
     for stem in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"):
         for name in (stem, stem + "_"):
             yield name, {"family": "dropout", "flag": "train", "p": "p"}
@@ -88,6 +102,8 @@ def _rows() -> Iterator[tuple[str, dict[str, Any]]]:
     for name in ("_fused_dropout", "_fused_dropout.out"):
         yield name, {"family": "dropout", "p": "p", "refusal": _KERNEL}
 
+
+def _norm_rows() -> Rows:
     norm = {"family": "batch_norm", "counter": True, "stats": STATS}
     plain = {**norm, "flag": "training", "shown": ("momentum", "eps")}
     for name in (
@@ -110,15 +126,12 @@ def _rows() -> Iterator[tuple[str, dict[str, Any]]]:
         yield stem, in_name
         yield stem + ".out", in_name
     yield "_batch_norm_with_update_functional", in_name
-
     # No counter: eager's InstanceNorm never advances num_batches_tracked.
     instance = {"family": "instance_norm", "flag": "use_input_stats", "stats": STATS, "shown": ("momentum", "eps")}
     yield "instance_norm", instance
 
-    for name in ("rrelu", "rrelu_", "rrelu_with_noise", "rrelu_with_noise.out", "rrelu_with_noise_"):
-        yield name, {"family": "rrelu", "flag": "training"}
-    yield "rrelu_with_noise_functional", {"family": "rrelu", "flag": "training"}
 
+def _rnn_rows() -> Rows:
     rnn = {"family": "rnn", "flag": "train", "p": "dropout"}
     for cell in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
         yield f"{cell}.input", rnn
@@ -132,6 +145,8 @@ def _rows() -> Iterator[tuple[str, dict[str, Any]]]:
     for name in ("mkldnn_rnn_layer", "mkldnn_rnn_layer.out"):
         yield name, {"family": "rnn", "flag": "train", "refusal": _KERNEL}
 
+
+def _attention_rows() -> Rows:
     attention = {"family": "attention", "p": "dropout_p"}
     for name in (
         "scaled_dot_product_attention",
@@ -154,10 +169,8 @@ def _rows() -> Iterator[tuple[str, dict[str, Any]]]:
     for name in ("_fused_sdp_choice", "_fill_mem_eff_dropout_mask_", "_flash_attention_forward_no_dropout_inplace"):
         yield name, {**attention, "refusal": _KERNEL}
 
-    yield from _backward_rows()
 
-
-def _backward_rows() -> Iterator[tuple[str, dict[str, Any]]]:
+def _backward_rows() -> Rows:
     norm = {"family": "batch_norm", "flag": "train", "refusal": _BACKWARD}
     for name in ("native_batch_norm_backward", "native_batch_norm_backward.out", "_batch_norm_impl_index_backward"):
         yield name, norm

@@ -11,7 +11,7 @@ from torch import fx, nn
 from compile_modes import _compat, counters
 from compile_modes.bodies import Body, attribute, own
 from compile_modes.errors import OptionError, OverrideError
-from compile_modes.sites import Site, add_note, graph_root, sites
+from compile_modes.sites import Reach, Site, add_note, graph_root, sites
 
 MODES = {"train": True, "eval": False}
 
@@ -154,10 +154,9 @@ def write_literal(site: Site, training: bool) -> set[nn.Module]:
         counters.set_literal(site.step, training)
         edited.add(_owner_of_graph(site, site.step))
         site.step = site.step if training else None
-    elif training and site.counter_at is not None and site.counter is not None:
-        body, anchor = site.counter_at
-        site.step = counters.insert(body.graph, anchor, state_node(body, site.counter), True)
-        edited.add(body.module)
+    elif training and site.counter_at is not None:
+        site.step = insert_step(site.counter_at, True)
+        edited.add(site.counter_at.body.module)
     return edited
 
 
@@ -183,17 +182,17 @@ def set_argument(site: Site, name: str, value: Any) -> None:
         node.update_kwarg(name, value)
 
 
-def state_node(body: Body, path: str) -> fx.Node:
-    """The ``get_attr`` node of a buffer in a graph that can reach it; created if there is none."""
-    local = path.removeprefix(body.path + ".") if body.path else path
-    for node in body.graph.find_nodes(op="get_attr", sort=False):
-        if node.target == local:
-            return cast(fx.Node, node)
-    return attr_node(body.graph, local)
+def insert_step(reach: Reach, flag: fx.Node | bool) -> fx.Node:
+    """A new step of a counter, bound to ``flag`` or unconditional."""
+    counter = reach.counter if isinstance(reach.counter, fx.Node) else attr_node(reach.body.graph, reach.counter)
+    return counters.insert(reach.body.graph, reach.anchor, counter, flag)
 
 
 def attr_node(graph: fx.Graph, target: str) -> fx.Node:
-    """A new ``get_attr`` node before the first computation."""
+    """The ``get_attr`` node for an attribute; a new one, before the first computation, if there is none."""
+    for node in graph.find_nodes(op="get_attr", sort=False):
+        if node.target == target:
+            return cast(fx.Node, node)
     # Not graph.get_attr(): it warns about attributes that are neither parameters, buffers nor modules.
     first = next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
     with graph.inserting_before(first):

@@ -20,6 +20,15 @@ NOTES = "compile_modes"
 HARD_CODED = "hard-coded"
 
 
+@dataclass(frozen=True, eq=False)
+class Reach:
+    """A graph that can read a counter, the node there before which to step it, and the counter's node or attribute."""
+
+    body: Body
+    anchor: fx.Node
+    counter: fx.Node | str
+
+
 @dataclass(eq=False)
 class Site:
     """One node whose result or side effects depend on mode.
@@ -34,7 +43,7 @@ class Site:
         hard_coded: whether :func:`compile_modes.bind` found its literal at odds with its owner's other sites.
         counter: attribute path of the ``num_batches_tracked`` that eager advances beside it in train, if any.
         step: the node that advances the counter.
-        counter_at: without a step, the graph that can reach the counter, and the node there to put a step before.
+        counter_at: without a step, where one could stand.
     """
 
     node: fx.Node
@@ -47,7 +56,7 @@ class Site:
     hard_coded: bool
     counter: str | None = None
     step: fx.Node | None = None
-    counter_at: tuple[Body, fx.Node] | None = None
+    counter_at: Reach | None = None
 
     def read(self, name: str) -> Any:
         """The operand for argument ``name`` of the op's schema."""
@@ -186,13 +195,16 @@ def _may_have_counter(root: nn.Module, counter: str) -> bool:
     return holder is None or attribute(root, counter) is not None
 
 
-def _reach(body: Body, node: fx.Node, path: str) -> tuple[Body, fx.Node] | None:
-    """The graph, and the node in it to stand before, from which the buffer at ``path`` can be read."""
+def _reach(body: Body, node: fx.Node, path: str) -> Reach | None:
+    """From where the buffer at ``path`` can be read: as an operand of a graph, or as an attribute of its module."""
     while True:
+        for placeholder in body.graph.find_nodes(op="placeholder"):
+            if state_path(body, placeholder) == path:
+                return Reach(body, node, placeholder)
         local = path.removeprefix(body.path + ".") if body.path else path
         inside = not body.path or local != path
         if inside and attribute(body.module, local) is not None:
-            return body, node
+            return Reach(body, node, local)
         caller = body.caller
         if body.parent is None or caller is None or not body.always:
             return None

@@ -1,0 +1,30 @@
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
+
+from compile_modes import _compat, backend
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    """Each test starts with no compiled code, no counts, no memory of warnings, and Inductor drawing as eager does."""
+    torch._dynamo.reset()
+    counters.clear()
+    backend._warned.clear()
+    torch.manual_seed(0)
+    with inductor_config.patch(fallback_random=True):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def no_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the backend hand its graphs to AOTAutograd without a compiler: the same autograd, no C++ builds."""
+
+    def handover(mode: str | None, options: dict[str, object]):
+        return torch._dynamo.lookup_backend("aot_eager")
+
+    monkeypatch.setattr(_compat, "inductor", handover)

@@ -1,0 +1,160 @@
+"""Small models, with no probability, eps or momentum at its default."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self, cin: int, cout: int, p: float) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(cin, cout, 3, padding=1)
+        self.bn = nn.BatchNorm2d(cout, eps=1e-3, momentum=0.03)
+        self.drop = nn.Dropout2d(p)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.drop(torch.relu(self.bn(self.conv(x))))
+
+
+class ConvNet(nn.Module):
+    """Two blocks, a dropout used twice, and a functional dropout of the root's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block1 = Block(3, 4, 0.3)
+        self.block2 = Block(4, 4, 0.2)
+        self.drop = nn.Dropout(0.1)
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.drop(self.block2(self.drop(self.block1(x))))
+        return F.dropout(self.fc(x.mean((2, 3))), 0.15, self.training)
+
+
+IMAGE = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+class Parent(nn.Module):
+    """An eager module around another one, with mode-dependent parts of its own."""
+
+    def __init__(self, child: nn.Module) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.BatchNorm2d(3, momentum=0.2), nn.Dropout(0.05))
+        self.child = child
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.child(self.stem(x))
+
+
+class Activations(nn.Module):
+    """The whole dropout family and RReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Dropout(0.1),
+            nn.Dropout1d(0.2),
+            nn.AlphaDropout(0.15),
+            nn.FeatureAlphaDropout(0.25),
+            nn.RReLU(),
+            nn.RReLU(0.2, 0.4),
+        )
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(self.fc(x))
+
+
+class Norms(nn.Module):
+    """Batch norms with and without statistics, affine and not, and a tracking instance norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tracking = nn.BatchNorm1d(4, eps=1e-2, momentum=0.3, affine=False)
+        self.batch_only = nn.BatchNorm1d(4, track_running_stats=False)
+        self.instance = nn.InstanceNorm1d(4, momentum=0.4, affine=True, track_running_stats=True)
+        self.instance_only = nn.InstanceNorm1d(4)
+        self.conv = nn.Conv1d(4, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        return self.instance_only(self.instance(self.batch_only(self.tracking(x))))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 5, num_layers=3, dropout=0.3, batch_first=True)
+        self.gru = nn.GRU(5, 4, num_layers=2, dropout=0.2, bidirectional=True, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gru(self.lstm(x)[0])[0]
+
+
+class Attention(nn.Module):
+    """Attention dropout, beside a dropout module."""
+
+    def __init__(self, p: float = 0.2) -> None:
+        super().__init__()
+        self.p = p
+        self.qkv = nn.Linear(8, 24)
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        p = self.p if self.training else 0.0
+        return self.drop(F.scaled_dot_product_attention(q, k, v, dropout_p=p).transpose(1, 2).reshape(x.shape))
+
+
+class Regions(nn.Module):
+    """Mode-dependent modules inside no_grad and autocast regions, which export as higher-order ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = Block(3, 3, 0.3)
+        self.mixed = Block(3, 3, 0.2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            y = self.frozen(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=False):
+            z = self.mixed(x)
+        return x + y + z
+
+
+class UnusedNorm(nn.Module):
+    """A batch norm whose output nobody uses still tracks statistics in train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(4, momentum=0.2)
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.bn(x)
+        return self.fc(x)
+
+
+class UserCounter(nn.Module):
+    """A counter of the user's own, which advances in both modes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(4)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.steps += 1
+        return self.bn(x) + self.steps
+
+
+class HardCoded(nn.Module):
+    """Three dropouts of one owner, one of them always on (F.dropout's default)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.dropout(self.fc(x), 0.1, self.training)
+        return F.dropout(F.dropout(x, 0.2, self.training), 0.3)

@@ -1,0 +1,44 @@
+"""The house rules that a machine can check."""
+
+import ast
+from pathlib import Path
+
+import compile_modes
+
+PACKAGE = Path(compile_modes.__file__).parent
+# Each file imports only from files to its left.
+ORDER = [
+    "_compat", "errors", "ops", "counters", "bodies", "sites", "rewrite", "binding", "capture", "backend",
+    "exported", "demo", "__init__", "__main__",
+]  # fmt: skip
+
+
+def test_imports_point_one_way():
+    assert sorted(ORDER) == sorted(path.stem for path in PACKAGE.glob("*.py"))
+    for path in PACKAGE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            module = node.module if isinstance(node, ast.ImportFrom) else None
+            if module and module.startswith("compile_modes."):
+                assert ORDER.index(module.split(".")[1]) < ORDER.index(path.stem), f"{path.name} imports {module}"
+
+
+def test_files_and_functions_are_short():
+    for path in PACKAGE.glob("*.py"):
+        source = path.read_text()
+        assert len(source.splitlines()) <= 300, path.name
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                length = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+                assert length <= 45, f"{path.name}:{node.name} has {length} lines"
+
+
+def test_private_torch_names_stay_in_one_file():
+    for path in PACKAGE.glob("*.py"):
+        if path.name == "_compat.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom | ast.Import):
+                names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+                private = [n for n in names if n.startswith("torch.") and any(p.startswith("_") for p in n.split("."))]
+                assert not [n for n in private if n not in ("torch._ops",)], f"{path.name} imports {private}"
