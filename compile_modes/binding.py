@@ -2,19 +2,16 @@
 
 import functools
 import operator
-import warnings
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import fx, nn
 
-from compile_modes import _compat, counters
-from compile_modes.bodies import Body, attribute, bodies, join, module_type, own
-from compile_modes.errors import BindError, ModeWarning
-from compile_modes.rewrite import attr_node, insert_step, no_match, owner_matches, set_argument, write_literal
+from compile_modes import _compat, counters, planning
+from compile_modes.bodies import Body, attribute, bodies, join, own
+from compile_modes.errors import BindError
+from compile_modes.rewrite import attr_node, insert_step, set_argument, write_literal
 from compile_modes.sites import HARD_CODED, Site, add_note, graph_root, is_flag, sites
 
 _CELL = "_mode_cell"
@@ -46,13 +43,13 @@ def bind(exported: Any, *, keep: Sequence[str] = ()) -> Any:
         ModeWarning: some sites can't follow the flag, with the reason for each.
     """
     if isinstance(exported, torch.export.ExportedProgram) and exported.dialect == "ATEN":
-        raise _decomposed("an ExportedProgram in the ATEN dialect")
+        raise planning.decomposed("an ExportedProgram in the ATEN dialect")
     root = graph_root(exported)
     if isinstance(exported, torch.export.ExportedProgram):
         _restore_state(root, exported)
-    plan = _plan(root, keep)
+    plan = planning.plan_binding(root, keep)
     if own(root):
-        plan = _plan(root, keep)
+        plan = planning.plan_binding(root, keep)
     for owner in {site.owner for site in plan.bindable}:
         _ensure_module(root, owner)
     if plan.first:
@@ -68,8 +65,7 @@ def bind(exported: Any, *, keep: Sequence[str] = ()) -> Any:
         module.__dict__.pop("eval", None)
     for module in edited:
         _compat.refresh(module)
-    _warn_stuck(plan)
-    _warn_uncounted(plan)
+    planning.warn(plan, stacklevel=2)
     return root if isinstance(exported, torch.export.ExportedProgram) else exported
 
 
@@ -113,52 +109,8 @@ def bake(module: _M, training: bool | None = None) -> _M:
     return module
 
 
-@dataclass
-class _Plan:
-    """What :func:`bind` is about to do: sites to bind, sites that can't be, sites at odds with their owner."""
-
-    first: bool
-    program: bool
-    modes: dict[str, bool]
-    bindable: list[Site]
-    stuck: list[tuple[Site, str]]
-    odd: list[Site]
-
-
-def _plan(root: nn.Module, keep: Sequence[str]) -> _Plan:
-    found = sites(root)
-    for site in found:
-        if site.op.decomposed:
-            raise _decomposed(str(site))
-    kept = _kept(found, keep)
-    modes, chosen, odd = _choose([site for site in found if site not in kept])
-    stuck = [(site, why) for site in chosen if (why := site.refusal(not site.training))]
-    bindable = [site for site in chosen if not site.refusal(not site.training)]
-    _check_names(root, {site.owner for site in bindable})
-    first = bool(modes) and not any(site.bound for site in found)
-    return _Plan(first, _majority(list(modes.values())), modes, bindable, stuck, odd)
-
-
 def _baked(method: str, *args: Any, **kwargs: Any) -> NoReturn:
     raise BindError(f"{method}() cannot act on baked modes", remedy="call compile_modes.bind(module) first")
-
-
-def _decomposed(where: str) -> BindError:
-    return BindError(
-        "the program is decomposed, and bind does not treat decomposed programs yet",
-        where=where,
-        remedy="bind the result of torch.export.export(), and decompose after exporting the bound module again",
-    )
-
-
-def _kept(found: list[Site], keep: Sequence[str]) -> set[Site]:
-    if isinstance(keep, str):
-        keep = (keep,)
-    owners = sorted({site.owner for site in found})
-    for pattern in keep:
-        if not any(owner_matches(owner, pattern) for owner in owners):
-            raise no_match(pattern, owners, "keep")
-    return {site for site in found if any(owner_matches(site.owner, pattern) for pattern in keep)}
 
 
 def _restore_state(root: nn.Module, program: torch.export.ExportedProgram) -> None:
@@ -171,45 +123,6 @@ def _restore_state(root: nn.Module, program: torch.export.ExportedProgram) -> No
                 holder.register_parameter(leaf, tensor)
             else:
                 holder.register_buffer(leaf, tensor)
-
-
-def _choose(found: list[Site]) -> tuple[dict[str, bool], list[Site], list[Site]]:
-    """The mode of each owner, the sites to bind (all in that mode), and the ones that are at odds with it."""
-    candidates = [s for s in found if s.training is not None and not s.bound and not s.hard_coded]
-    modes = {site.owner: bool(site.training) for site in found if site.bound}
-    votes: dict[str, list[bool]] = {}
-    for site in candidates:
-        if site.op.flag is not None or site.training:  # attention without dropout is the same in both modes
-            votes.setdefault(site.owner, []).append(bool(site.training))
-    program = _majority([vote for owner in votes.values() for vote in owner])
-    for owner, own_votes in votes.items():
-        modes.setdefault(owner, _majority(own_votes, program))
-    chosen = [s for s in candidates if modes.setdefault(s.owner, program) is s.training]
-    odd = [s for s in candidates if s not in chosen and (s.op.flag is not None or s.training)]
-    # Attention whose p is 0 while its owner trains had no dropout: there is nothing to bind.
-    return modes, [s for s in chosen if s.op.flag is not None or s.training or not program], odd
-
-
-def _majority(votes: list[bool], tie: bool = False) -> bool:
-    """The more frequent vote. Ties go to eval: the usual odd one out is F.dropout's default, ``training=True``."""
-    count = Counter(votes)
-    return tie if count[True] == count[False] else count[True] > count[False]
-
-
-def _check_names(root: nn.Module, owners: Iterable[str]) -> None:
-    for owner in owners:
-        module: Any = root
-        for name in owner.split(".") if owner else ():
-            present = hasattr(module, name)
-            if not present:
-                break
-            module = getattr(module, name)
-            if not isinstance(module, nn.Module):
-                raise BindError(
-                    f"the owner's name is taken by a {type(module).__name__} of the exported module",
-                    where=f"owner {owner!r}, attribute {name!r}",
-                    remedy=f"rename that submodule before export, or pass keep=({owner!r},)",
-                )
 
 
 def _ensure_module(root: nn.Module, path: str) -> nn.Module:
@@ -283,32 +196,3 @@ def _drop_flags(body: Body) -> None:
     for node in list(body.graph.nodes):
         if is_flag(node) and not node.users:
             body.graph.erase_node(node)
-
-
-def _warn_stuck(plan: _Plan) -> None:
-    if not plan.stuck:
-        return
-    lines = [f"  {site.node.name} (owner {site.owner!r}): {why}" for site, why in plan.stuck]
-    warnings.warn(
-        f"{len(lines)} sites keep their exported mode and will not follow train() and eval():\n"
-        + "\n".join(lines[:5] + ([f"  and {len(lines) - 5} more, see compile_modes.explain()"] if lines[5:] else []))
-        + f"\n  what to do: export in {'eval' if plan.program else 'train'} mode, which keeps what they need",
-        ModeWarning,
-        stacklevel=3,
-    )
-
-
-def _warn_uncounted(plan: _Plan) -> None:
-    """A batch norm module always has a counter; its absence means that export has dropped it."""
-    lost = [
-        site.owner
-        for site in plan.bindable
-        if site.op.counter and site.counter is None and module_type(site.node).startswith("torch.nn.modules.batchnorm.")
-    ]
-    if lost:
-        warnings.warn(
-            f"num_batches_tracked of {', '.join(map(repr, lost[:5]))} is not in the exported module and will not be "
-            "counted (strict export in eval mode drops it).\n  what to do: bind the ExportedProgram instead",
-            ModeWarning,
-            stacklevel=3,
-        )

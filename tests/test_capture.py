@@ -5,12 +5,14 @@ from expecttest import assert_expected_inline
 from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._ops import OpOverload
 
 import compile_modes as cm
 from compile_modes.capture import capture
 
 from oracle import text  # isort: skip
 
+CLONE = torch.ops.aten.clone.default  # what is left of an eval dropout, on some releases
 X = torch.randn(3, 2, generator=torch.Generator().manual_seed(5))
 
 
@@ -198,7 +200,8 @@ def test_the_forward_and_backward_that_autograd_derives(mode, monkeypatch):
     torch.testing.assert_close(model.bn.running_var, reference.bn.running_var)
     assert model.bn.num_batches_tracked == reference.bn.num_batches_tracked
     shown = "\n".join(
-        f"{name}: " + " ".join(str(n.target) for n in g.graph.nodes if isinstance(n.target, torch._ops.OpOverload))
+        f"{name}: "
+        + " ".join(str(n.target) for n in g.graph.nodes if isinstance(n.target, OpOverload) and n.target is not CLONE)
         for name, g in graphs.items()
     )
     if mode:
@@ -212,6 +215,6 @@ backward: aten.native_dropout_backward.default aten.native_batch_norm_backward.d
         assert_expected_inline(
             shown,
             """\
-forward: aten._native_batch_norm_legit_no_training.default aten.clone.default
+forward: aten._native_batch_norm_legit_no_training.default
 backward: aten.native_batch_norm_backward.default""",
         )
