@@ -1,6 +1,6 @@
 """Every private torch name and every version branch of this package, in one place.
 
-Checked on torch 2.11.0, 2.13.0 and 2.14.1. When a torch release moves one of these, this file is the one to change.
+Checked on torch 2.11.0, 2.13.0, 2.14.1 and 2.15.0. When a torch release moves one of these, this file is the one to change.
 """
 
 import contextlib
@@ -14,12 +14,11 @@ from torch._dynamo.exc import ShortenTraceback as ShortenTraceback
 from torch._dynamo.exc import SkipFrame, TensorifyScalarRestartAnalysis
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.utils import counters
 from torch._guards import Source
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
-
-CHECKED_ON = ("2.11.0", "2.13.0", "2.14.1")
 
 # Raised through backends on purpose: Dynamo answers them by another attempt or by leaving the frame alone.
 CONTROL_FLOW = (SkipFrame, TensorifyScalarRestartAnalysis)
@@ -92,6 +91,11 @@ def _frame_scope() -> dict[str, Any] | None:
     except AttributeError:  # no translation is in progress
         return None
     return {"L": output.local_scope, "G": output.global_scope}
+
+
+def graphs_compiled() -> int:
+    """How many graphs Dynamo has handed to backends in this process, or since its counters were cleared."""
+    return int(counters["stats"]["unique_graphs"])
 
 
 def is_whole_frame(gm: fx.GraphModule) -> bool:

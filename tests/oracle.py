@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._dynamo.utils import counters
 
 from compile_modes.bodies import Body, bodies, state_path
 from compile_modes.sites import sites
@@ -95,11 +94,6 @@ def _same(what: str, a: Any, b: Any, tolerance: float) -> None:
             _same(f"{what}[{i}]", x, y, tolerance)
         return
     torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance, msg=lambda m: f"{what}: {m}")
-
-
-def graphs_compiled() -> int:
-    """Graphs that Dynamo has compiled since the test began."""
-    return int(counters["stats"]["unique_graphs"])
 
 
 def text(root: nn.Module) -> str:

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import compile_modes as cm
+from compile_modes._compat import graphs_compiled
 
 from nets import IMAGE, Activations, Attention, ConvNet, Norms, Parent, Regions, UnusedNorm  # isort: skip
-from oracle import agrees, graphs_compiled  # isort: skip
+from oracle import agrees  # isort: skip
 
 KINDS = ["eager", "bound-train", "bound-eval"]
 SLOW = [

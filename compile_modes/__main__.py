@@ -1,0 +1,56 @@
+"""Command line: ``python -m compile_modes demo``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+# Distributions of the "demo" extra, by the module that they bring.
+_DEMO_EXTRA = {"sklearn": "scikit-learn", "rich": "rich"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the subcommand that ``argv`` names; returns the exit status."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 2
+    status: int = args.run(args)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m compile_modes", description="train() and eval() in compiled models"
+    )
+    commands = parser.add_subparsers(dest="command", title="commands")
+    demo = commands.add_parser("demo", help="train an exported CNN on digits, and compare with an eager twin")
+    demo.add_argument(
+        "--epochs", type=_positive, default=8, help="default: %(default)s; the second half runs part-frozen"
+    )
+    demo.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+def _demo(args: argparse.Namespace) -> int:
+    try:
+        from compile_modes import demo  # here, for it needs what only the extra installs
+    except ModuleNotFoundError as error:
+        missing = _DEMO_EXTRA.get((error.name or "").partition(".")[0])
+        if missing is None:
+            raise
+        print(f'the demo needs {missing}: pip install "compile_modes[demo]"', file=sys.stderr)
+        return 2
+    return demo.main(args.epochs, args.seed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
