@@ -1,6 +1,6 @@
 """Every private torch name and every version branch of this package, in one place.
 
-Checked on torch 2.11.0, 2.13.0, 2.14.1 and 2.15.0. When a torch release moves one of these, this file is the one to change.
+Checked on torch 2.11.0, 2.13.0, 2.14.1 and 2.15.0. When torch moves one of these, this file is the one to change.
 """
 
 import contextlib
