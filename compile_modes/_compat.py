@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo.exc import RestartAnalysis, SkipFrame
 from torch._dynamo.exc import ShortenTraceback as ShortenTraceback
-from torch._dynamo.exc import SkipFrame, TensorifyScalarRestartAnalysis
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.utils import counters
@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 # Raised through backends on purpose: Dynamo answers them by another attempt or by leaving the frame alone.
-CONTROL_FLOW = (SkipFrame, TensorifyScalarRestartAnalysis)
+CONTROL_FLOW = (RestartAnalysis, SkipFrame)
 
 # Higher-order ops that run their one body exactly once: a statement inside the body may as well stand before the call.
 UNCONDITIONAL_HOPS: tuple[HigherOrderOperator, ...] = (
@@ -46,7 +46,9 @@ def refresh(module: nn.Module) -> None:
     """
     if isinstance(module, fx.GraphModule):
         old = type(module)
-        module.__class__ = type(old.__name__, old.__bases__, {"__qualname__": old.__qualname__})
+        generated = ("forward", "__call__", "_wrapped_call", "__dict__", "__weakref__")
+        kept = {name: value for name, value in vars(old).items() if name not in generated}
+        module.__class__ = type(old.__name__, old.__bases__, {**kept, "__qualname__": old.__qualname__})
         module.recompile()
     else:  # UnflattenedModule and InterpreterModule keep a GraphModule beside their graph
         with warnings.catch_warnings():
@@ -163,6 +165,7 @@ def inductor(mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
     return torch._TorchCompileInductorWrapper(mode, options, None)
 
 
-def reset_inductor(mode: str | None = None) -> None:
-    """What ``torch.compiler.reset`` does for Inductor."""
+def reset_inductor() -> None:
+    """What ``torch.compiler.reset`` does for Inductor: forgets recorded CUDA graphs."""
+    mode = "reduce-overhead" if torch.cuda.is_available() else None
     torch._TorchCompileInductorWrapper(mode, None, None).reset()

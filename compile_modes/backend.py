@@ -101,13 +101,32 @@ def pt2e_modes(
             raise
         _warn_once(f"pt2e_modes hands a graph to Inductor as it came.\n{error}")
         return compile_fx(gm, example_inputs)
-    advanced = _put_into_modes(captured, parsed, whole=_compat.is_whole_frame(gm)) if parsed.explicit else []
     _warn_rnn(captured)
+    if not parsed.explicit:
+        return _compile_either(compile_fx, captured, gm, example_inputs)
+    advanced = _put_into_modes(captured, parsed, whole=_compat.is_whole_frame(gm))
     compiled = compile_fx(captured, example_inputs)
     return _advancing(compiled, advanced) if advanced else compiled
 
 
 pt2e_modes.reset = _compat.reset_inductor  # type: ignore[attr-defined]  # torch.compiler.reset() calls it
+
+
+def _compile_either(
+    compile_fx: Callable[..., Callable[..., Any]],
+    captured: fx.GraphModule,
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+) -> Callable[..., Any]:
+    """Compiles the captured graph, or, should Inductor fail on it, the graph that stock Inductor would have got."""
+    try:
+        return compile_fx(captured, example_inputs)
+    except _compat.CONTROL_FLOW:
+        raise
+    except Exception as error:  # Inductor's own; if the reason is not our stage, the second attempt raises it
+        first_line = (str(error).splitlines() or [""])[0]
+        _warn_once(f"pt2e_modes hands a graph to Inductor as it came: {type(error).__name__}: {first_line}")
+        return compile_fx(gm, example_inputs)
 
 
 def _put_into_modes(captured: fx.GraphModule, options: Options, *, whole: bool) -> list["weakref.ref[nn.Module]"]:

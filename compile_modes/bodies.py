@@ -117,9 +117,9 @@ def _children(body: Body, node: fx.Node, calls: dict[str, int]) -> Iterator[Body
                 module = attribute(body.module, str(arg.target))
                 if isinstance(module, fx.GraphModule):
                     child = Body(module, join(body.path, str(arg.target)), body, node, always)
-                    if always:
-                        inputs = child.graph.find_nodes(op="placeholder")
-                        child.operands = dict(zip(inputs, node.args[position + 1 :], strict=True))
+                    inputs, operands = child.graph.find_nodes(op="placeholder"), node.args[position + 1 :]
+                    if always and len(inputs) == len(operands):
+                        child.operands = dict(zip(inputs, operands, strict=True))
                     yield child
 
 

@@ -18,6 +18,7 @@ def agrees(
     call: Callable[..., Any] | None = None,
     inputs: Sequence[torch.Tensor] = (),
     *,
+    oracle: Callable[..., Any] | None = None,
     flips: int = 3,
     steps: int = 3,
     touch: Callable[[nn.Module], Any] = lambda module: None,
@@ -29,11 +30,13 @@ def agrees(
         reference: the eager module.
         module: the one under test, whose flags are flipped; ``call`` is what is called (``module`` itself by default).
         inputs: one batch of tensors.
+        oracle: what to call for the expected outputs instead of ``reference`` itself.
         flips: rounds of train and eval, of ``steps`` calls each.
         touch: applied to both after each flip, to freeze or wake parts.
         tolerance: largest absolute difference; 0.0 demands bit-equality.
     """
     call = module if call is None else call
+    oracle = reference if oracle is None else oracle
     theirs = dict(module.named_parameters())
     assert theirs.keys() == dict(reference.named_parameters()).keys()
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9) for m in (reference, module)]
@@ -44,9 +47,9 @@ def agrees(
                 touch(m)
             for step in range(steps):
                 seed = 100 * flip + step
-                outputs = [_run(f, inputs, seed) for f in (reference, call)]
+                outputs = [_run(f, inputs, seed) for f in (oracle, call)]
                 _same("output", *outputs, tolerance)
-                _same("RNG state", *_rng_after(reference, call, inputs, seed), 0.0) if step == 0 and not mode else None
+                _same("RNG state", *_rng_after(oracle, call, inputs, seed), 0.0) if step == 0 and not mode else None
                 if mode:
                     for output, optimizer in zip(outputs, optimizers, strict=True):
                         optimizer.zero_grad()

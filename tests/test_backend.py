@@ -219,6 +219,25 @@ def test_the_captured_graph_is_what_inductor_gets(monkeypatch):
     assert "aten.dropout.default" in targets
 
 
+def test_what_inductor_fails_on_goes_on_as_it_came(monkeypatch):
+    def inductor(mode, options):
+        def compile_fx(gm, example_inputs):
+            if any(isinstance(n.target, torch._ops.OpOverload) for n in gm.graph.nodes):
+                raise RuntimeError("no lowering\nand more")
+            return gm.forward
+
+        return compile_fx
+
+    monkeypatch.setattr(_compat, "inductor", inductor)
+    reference = ConvNet()
+    module = copy.deepcopy(reference)
+    with pytest.warns(cm.ModeWarning, match="as it came: RuntimeError: no lowering$"):
+        agrees(reference, module, compile_(module), [IMAGE], flips=1)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="no lowering"):
+        compile_(module, training=False)(IMAGE)
+
+
 def test_options_are_split():
     options = Options.parse(None, {"training": False, "epilogue_fusion": True, "triton.cudagraphs": False})
     assert options == Options(False, {}, {"epilogue_fusion": True, "triton.cudagraphs": False})

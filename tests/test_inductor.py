@@ -21,6 +21,16 @@ SLOW = [
 ]
 
 
+# In larger graphs Inductor of torch 2.11 draws in another order than eager, fallback_random or not: stock is its oracle.
+DRAWS_LIKE_EAGER = torch.__version__ >= "2.12"
+
+
+def check(reference, module, compiled, x, **kwargs):
+    oracle = reference if DRAWS_LIKE_EAGER else torch.compile(reference)
+    agrees(reference, module, compiled, [x], oracle=oracle, **kwargs)
+    assert graphs_compiled() == (2 if DRAWS_LIKE_EAGER else 4)
+
+
 def make(model, kind, x):
     if kind == "eager":
         return copy.deepcopy(model)
@@ -31,8 +41,7 @@ def make(model, kind, x):
 def test_trains_and_evaluates_as_eager(kind):
     reference = ConvNet()
     module = make(reference, kind, IMAGE)
-    agrees(reference, module, torch.compile(module, backend="pt2e_modes"), [IMAGE])
-    assert graphs_compiled() == 2
+    check(reference, module, torch.compile(module, backend="pt2e_modes"), IMAGE)
 
 
 @pytest.mark.slow
@@ -41,8 +50,7 @@ def test_nested_in_a_compiled_parent(kind):
     reference = Parent(ConvNet())
     module = copy.deepcopy(reference)
     module.child = make(reference.child, kind, IMAGE)
-    agrees(reference, module, torch.compile(module, backend="pt2e_modes"), [IMAGE])
-    assert graphs_compiled() == 2
+    check(reference, module, torch.compile(module, backend="pt2e_modes"), IMAGE)
 
 
 @pytest.mark.slow
@@ -51,7 +59,7 @@ def test_nested_in_a_compiled_parent(kind):
 def test_other_sites(build, x, kind):
     reference = build()
     module = make(reference, kind, x)
-    agrees(reference, module, torch.compile(module, backend="pt2e_modes"), [x])
+    check(reference, module, torch.compile(module, backend="pt2e_modes"), x)
 
 
 @pytest.mark.slow
@@ -61,7 +69,7 @@ def test_an_override_reaches_the_compiled_code():
     compiled = torch.compile(
         module, backend="pt2e_modes", options={"overrides": {"*bn": "eval"}, "fallback_random": True}
     )
-    agrees(reference, module, compiled, [IMAGE], touch=lambda m: [b.bn.eval() for b in (m.block1, m.block2)])
+    check(reference, module, compiled, IMAGE, touch=lambda m: [b.bn.eval() for b in (m.block1, m.block2)])
 
 
 @pytest.mark.slow
@@ -69,4 +77,4 @@ def test_an_override_reaches_the_compiled_code():
 def test_modes_of_torch_compile(mode):
     reference = ConvNet()
     module = copy.deepcopy(reference)
-    agrees(reference, module, torch.compile(module, backend="pt2e_modes", mode=mode), [IMAGE], flips=2)
+    check(reference, module, torch.compile(module, backend="pt2e_modes", mode=mode), IMAGE, flips=2)
