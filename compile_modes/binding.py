@@ -52,6 +52,7 @@ def bind(exported: Any, *, keep: Sequence[str] = ()) -> Any:
         plan = planning.plan_binding(root, keep)
     for owner in {site.owner for site in plan.bindable}:
         _ensure_module(root, owner)
+    _merge_aliases(root, plan.modes)
     if plan.first:
         for module in root.modules():
             module.training = plan.program
@@ -134,6 +135,21 @@ def _ensure_module(root: nn.Module, path: str) -> nn.Module:
             module.add_module(name, child)
         module = module.get_submodule(name)
     return module
+
+
+def _merge_aliases(root: nn.Module, modes: dict[str, bool]) -> None:
+    """Makes one module again of what was one module under several names before export, so that it has one mode.
+
+    Known by its state: the leaves that export leaves behind hold the same tensors then. An alias of a module without
+    state can't be told.
+    """
+    first: dict[tuple[Any, ...], nn.Module] = {}
+    for path, module in list(root.named_modules(remove_duplicate=False)):
+        state = [(name, id(t)) for name, t in {**module._parameters, **module._buffers}.items() if t is not None]
+        if type(module) is nn.Module and state and not module._modules:
+            one = first.setdefault((modes.get(path), *state), module)
+            parent, _, name = path.rpartition(".")
+            root.get_submodule(parent)._modules[name] = one
 
 
 def _bind_sites(root: nn.Module, found: list[Site]) -> set[nn.Module]:

@@ -188,6 +188,24 @@ def test_keep_leaves_owners_baked():
 
 
 @STARTS
+def test_a_batch_norm_under_several_names_has_one_mode(start):
+    class Aliased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.BatchNorm1d(4, momentum=0.3)
+            self.b = self.a
+            self.layers = nn.ModuleList([self.a, nn.Linear(4, 4)])
+
+        def forward(self, x):
+            return self.layers[1](self.layers[0](self.b(self.a(x)) * 2))
+
+    reference, bound = twin(Aliased(), start, VECTORS)
+    assert bound.a is bound.b is bound.layers.get_submodule("0")
+    for touch in (lambda m: m, lambda m: m.b.eval(), lambda m: m.a.eval()):
+        agrees(reference, bound, inputs=[VECTORS], flips=2, touch=touch, tolerance=0.0)
+
+
+@STARTS
 def test_hard_coded_flags_stay(start):
     reference, bound = twin(HardCoded(), start, VECTORS)
     if start:  # all three look alike in a train export; an eval export tells

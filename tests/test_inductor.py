@@ -21,7 +21,7 @@ SLOW = [
 ]
 
 
-# In larger graphs Inductor of torch 2.11 draws in another order than eager, fallback_random or not: stock is its oracle.
+# In larger graphs Inductor of torch 2.11 draws in another order than eager, despite fallback_random: stock is its oracle.
 DRAWS_LIKE_EAGER = torch.__version__ >= "2.12"
 
 
