@@ -21,7 +21,8 @@ SLOW = [
 ]
 
 
-# In larger graphs Inductor of torch 2.11 draws in another order than eager, despite fallback_random: stock is its oracle.
+# In larger graphs, Inductor of torch 2.11 draws in another order than eager despite fallback_random. Stock Inductor is
+# the oracle there.
 DRAWS_LIKE_EAGER = torch.__version__ >= "2.12"
 
 
