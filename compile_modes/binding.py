@@ -11,7 +11,7 @@ from torch import fx, nn
 from compile_modes import _compat, counters, planning
 from compile_modes.bodies import Body, attribute, bodies, join, own
 from compile_modes.errors import BindError
-from compile_modes.rewrite import attr_node, insert_step, set_argument, write_literal
+from compile_modes.rewrite import attr_node, check_overrides, insert_step, set_argument, write_literal
 from compile_modes.sites import HARD_CODED, Site, add_note, graph_root, is_flag, sites
 
 _CELL = "_mode_cell"
@@ -84,7 +84,9 @@ def bake(module: _M, training: bool | None = None) -> _M:
 
     Raises:
         BindError: ``module`` has no graph, or a mode was given and no site is bound.
+        OptionError: ``training`` is not a mode.
     """
+    check_overrides(training, None)
     root = graph_root(module)
     found = sites(root)
     bound = [site for site in found if site.bound]

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from compile_modes.bodies import module_type
-from compile_modes.errors import BindError, ModeWarning
+from compile_modes.errors import BindError, ModeWarning, OptionError
 from compile_modes.rewrite import no_match, owner_matches
 from compile_modes.sites import Site, sites
 
@@ -53,6 +53,8 @@ def _kept(found: list[Site], keep: Sequence[str]) -> set[Site]:
         keep = (keep,)
     owners = sorted({site.owner for site in found})
     for pattern in keep:
+        if not isinstance(pattern, str):
+            raise OptionError(f"{pattern!r} is not an owner glob", where="keep", remedy='pass keep=["head.*"]')
         if not any(owner_matches(owner, pattern) for owner in owners):
             raise no_match(pattern, owners, "keep")
     return {site for site in found if any(owner_matches(site.owner, pattern) for pattern in keep)}

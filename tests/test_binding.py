@@ -150,6 +150,16 @@ def test_bake_writes_the_flags_back(start):
     assert cm.bind(bound).eval() is bound
 
 
+def test_bake_refuses_what_is_no_mode():
+    bound = cm.bind(export(ConvNet(), IMAGE))
+    graphs = text(bound)
+    with pytest.raises(cm.OptionError, match="training is 'eval'"):
+        cm.bake(bound, training="eval")
+    assert text(bound) == graphs
+    with pytest.raises(cm.BindError, match="no site is bound"):
+        cm.bake(export(ConvNet(), IMAGE).module(), training=False)
+
+
 def test_bake_keeps_submodule_modes_unless_told():
     bound = cm.bind(export(ConvNet(), IMAGE))
     bound.block1.eval()
@@ -185,6 +195,8 @@ def test_keep_leaves_owners_baked():
     assert {s.owner for s in cm.sites(bound) if not s.bound} == {"block1.bn", "block1.drop"}
     with pytest.raises(cm.OverrideError, match=r"head\.\*"):
         cm.bind(export(ConvNet(), IMAGE), keep=["head.*"])
+    with pytest.raises(cm.OptionError, match="3 is not an owner glob"):
+        cm.bind(export(ConvNet(), IMAGE), keep=[3])
 
 
 @STARTS
