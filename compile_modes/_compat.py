@@ -20,6 +20,9 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+# Base of BatchNorm1d to 3d, SyncBatchNorm and the lazy ones: the modules whose forward advances num_batches_tracked.
+BATCH_NORM = nn.modules.batchnorm._BatchNorm
+
 # Raised through backends on purpose: Dynamo answers them by another attempt or by leaving the frame alone.
 CONTROL_FLOW = (RestartAnalysis, SkipFrame)
 
@@ -28,6 +31,38 @@ UNCONDITIONAL_HOPS: tuple[HigherOrderOperator, ...] = (
     torch.ops.higher_order.wrap_with_set_grad_enabled,
     torch.ops.higher_order.wrap_with_autocast,
 )
+
+# Higher-order ops that come out of a retrace as they went in. The others carry autograd or compilation state that
+# running their implementation loses, silently for some (autograd_function_apply, invoke_subgraph, hooks).
+RETRACEABLE_HOPS = (
+    *UNCONDITIONAL_HOPS,
+    torch.ops.higher_order.cond,
+    torch.ops.higher_order.scan,
+    torch.ops.higher_order.while_loop,
+)
+
+# Where the functions live that act on the state of autograd and functorch: .data, inference_mode, vmap, grad, jvp.
+_STATEFUL_MODULES = ("torch.autograd", "torch._C._autograd", "torch._functorch", "torch._C._functorch")
+
+
+def not_retraceable(gm: fx.GraphModule) -> str:
+    """The first call in a Dynamo graph, or in a graph below it, that a retrace does not preserve; ``""`` if none."""
+    for module in gm.modules():
+        if not isinstance(module, fx.GraphModule):
+            continue
+        for node in module.graph.nodes:
+            target = node.target
+            if isinstance(target, HigherOrderOperator):
+                if target not in RETRACEABLE_HOPS:
+                    return str(target)
+            elif node.op == "call_function" and _lives_in(target, _STATEFUL_MODULES):
+                return f"{target.__module__}.{target.__name__}"
+    return ""
+
+
+def _lives_in(target: Any, modules: Sequence[str]) -> bool:
+    home = getattr(target, "__module__", None) or ""
+    return any(home == module or home.startswith(module + ".") for module in modules)
 
 
 def aten_overload(name: str) -> OpOverload | None:

@@ -15,7 +15,7 @@ from compile_modes import _compat
 from compile_modes.capture import capture
 from compile_modes.errors import CaptureError, ModeWarning, OptionError, OverrideError
 from compile_modes.rewrite import apply, assign, check_overrides, owner_matches
-from compile_modes.sites import Site, sites
+from compile_modes.sites import BOUND, Site, sites
 
 _OWN_OPTIONS = ("training", "overrides")
 _warned: set[str] = set()
@@ -194,7 +194,8 @@ def _warn_unbound(roots: Sequence[nn.Module]) -> None:
             if module in _warned_modules:
                 continue
             found = [s for s in sites(module) if s.training is not None and not s.op.refusal and not s.hard_coded]
-            if found and not any(site.bound for site in found):
+            bound = getattr(module, "meta", {}).get(BOUND) or any(site.bound for site in found)
+            if found and not bound:
                 _warned_modules.add(module)
                 warnings.warn(
                     f"an exported module with {len(found)} mode-dependent sites is compiled as it was exported: "

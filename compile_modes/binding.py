@@ -11,8 +11,8 @@ from torch import fx, nn
 from compile_modes import _compat, counters, planning
 from compile_modes.bodies import Body, attribute, bodies, join, own
 from compile_modes.errors import BindError
-from compile_modes.rewrite import attr_node, check_overrides, insert_step, set_argument, write_literal
-from compile_modes.sites import HARD_CODED, Site, add_note, graph_root, is_flag, sites
+from compile_modes.rewrite import attr_node, check_overrides, editable, insert_step, set_argument, write_literal
+from compile_modes.sites import BOUND, HARD_CODED, KEPT, Site, add_note, graph_root, is_flag, sites
 
 _CELL = "_mode_cell"
 _M = TypeVar("_M", bound=nn.Module)
@@ -30,7 +30,7 @@ def bind(exported: Any, *, keep: Sequence[str] = ()) -> Any:
         exported: an ExportedProgram, the GraphModule of ``ep.module()``, a PT2E-prepared GraphModule, an
             UnflattenedModule, or an OptimizedModule around one of these. Modules are bound in place; parameters,
             buffers and ``state_dict`` keys stay as they are.
-        keep: globs of owners whose sites keep their literal.
+        keep: globs of owners whose sites keep their literal, also when the module is bound again.
 
     Returns:
         The bound module: ``exported`` itself, or the new module of an ExportedProgram.
@@ -60,6 +60,10 @@ def bind(exported: Any, *, keep: Sequence[str] = ()) -> Any:
         root.get_submodule(site.owner).training = plan.modes[site.owner]
     for site in plan.odd:
         add_note(site.node, mode=HARD_CODED)
+    for site in plan.kept:
+        add_note(site.node, mode=KEPT)
+    if isinstance(root, fx.GraphModule):
+        root.meta[BOUND] = True
     edited = _bind_sites(root, plan.bindable)
     for module in [root, *(body.module for body in bodies(root))]:
         module.__dict__.pop("train", None)  # the methods by which export forbids what now works
@@ -87,7 +91,7 @@ def bake(module: _M, training: bool | None = None) -> _M:
         OptionError: ``training`` is not a mode.
     """
     check_overrides(training, None)
-    root = graph_root(module)
+    root = editable(module)
     found = sites(root)
     bound = [site for site in found if site.bound]
     if found and not bound and training is not None:
@@ -99,6 +103,8 @@ def bake(module: _M, training: bool | None = None) -> _M:
             set_argument(site, str(site.op.p), site.p)
             site.bound = False
         edited |= write_literal(site, bool(mode))
+    for site in found:
+        add_note(site.node, mode=None)
     for body in bodies(root):
         _drop_flags(body)
     for submodule in list(root.modules()):

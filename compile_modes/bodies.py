@@ -7,6 +7,7 @@ UnflattenedModule has a graph per submodule. A :class:`Body` is one of these gra
 import copy
 import operator
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -183,8 +184,18 @@ def module_path(node: fx.Node) -> str:
     return canonical(dynamo_path(list(stack.values())[-1][0])) if stack else ""
 
 
-def module_type(node: fx.Node) -> str:
-    """The qualified class name of that submodule; ``""`` if unknown."""
+def is_batch_norm(node: fx.Node) -> bool | None:
+    """Whether that submodule is one of torch's batch norms, or derived from one; None if its class is not known."""
     stack = node.meta.get("nn_module_stack")
-    kind = list(stack.values())[-1][1] if stack else ""
-    return kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+    kind = list(stack.values())[-1][1] if stack else None
+    if isinstance(kind, str):  # export writes the qualified name
+        module, _, name = kind.rpartition(".")
+        kind = getattr(sys.modules.get(module), name, None)
+    return issubclass(kind, _compat.BATCH_NORM) if isinstance(kind, type) else None
+
+
+def from_dynamo(body: Body) -> bool:
+    """Whether the graph that runs ``body`` was captured under Dynamo, which says where its inputs come from."""
+    while body.parent is not None:
+        body = body.parent
+    return any(_compat.source_name(node) for node in body.graph.find_nodes(op="placeholder"))

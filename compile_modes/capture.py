@@ -8,6 +8,8 @@ from torch import fx
 from compile_modes import _compat
 from compile_modes.errors import CaptureError
 
+_REMEDY = "without overrides the graph compiles as stock Inductor compiles it"
+
 
 def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
     """Retraces a Dynamo graph to training IR: ATen ops, composite ones whole, autograd not yet derived.
@@ -25,6 +27,8 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
     Raises:
         CaptureError: the graph can't be traced again, with the tracer's exception as ``__cause__``.
     """
+    if call := _compat.not_retraceable(gm):
+        raise CaptureError(f"the graph could not be retraced before autograd: {call} would not survive", remedy=_REMEDY)
     try:
         captured = _compat.trace_pre_dispatch(gm, _compat.fake_inputs(gm, example_inputs))
         _compat.carry_placeholders(gm.graph, captured.graph)
@@ -35,7 +39,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
         raise CaptureError(
             f"the graph could not be retraced before autograd: {type(error).__name__}: {first_line}",
             where=_failing_node(error),
-            remedy="without overrides the graph compiles as stock Inductor compiles it",
+            remedy=_REMEDY,
         ) from error
     captured.recompile()
     return captured

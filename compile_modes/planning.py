@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from compile_modes.bodies import module_type
+from compile_modes.bodies import is_batch_norm
 from compile_modes.errors import BindError, ModeWarning, OptionError
 from compile_modes.rewrite import no_match, owner_matches
-from compile_modes.sites import Site, sites
+from compile_modes.sites import KEPT, Site, note, sites
 
 
 @dataclass
@@ -24,6 +24,7 @@ class Plan:
     bindable: list[Site]
     stuck: list[tuple[Site, str]]
     odd: list[Site]
+    kept: set[Site]
 
 
 def plan_binding(root: nn.Module, keep: Sequence[str]) -> Plan:
@@ -37,7 +38,7 @@ def plan_binding(root: nn.Module, keep: Sequence[str]) -> Plan:
     bindable = [site for site in chosen if not site.refusal(not site.training)]
     _check_names(root, {site.owner for site in bindable})
     first = bool(modes) and not any(site.bound for site in found)
-    return Plan(first, _majority(list(modes.values())), modes, bindable, stuck, odd)
+    return Plan(first, any(modes.values()), modes, bindable, stuck, odd, kept)
 
 
 def decomposed(where: str) -> BindError:
@@ -49,6 +50,8 @@ def decomposed(where: str) -> BindError:
 
 
 def _kept(found: list[Site], keep: Sequence[str]) -> set[Site]:
+    if not isinstance(keep, Iterable):
+        raise OptionError(f"{keep!r} is not a list of owner globs", where="keep", remedy='pass keep=["head.*"]')
     if isinstance(keep, str):
         keep = (keep,)
     owners = sorted({site.owner for site in found})
@@ -57,7 +60,8 @@ def _kept(found: list[Site], keep: Sequence[str]) -> set[Site]:
             raise OptionError(f"{pattern!r} is not an owner glob", where="keep", remedy='pass keep=["head.*"]')
         if not any(owner_matches(owner, pattern) for owner in owners):
             raise no_match(pattern, owners, "keep")
-    return {site for site in found if any(owner_matches(site.owner, pattern) for pattern in keep)}
+    kept = {site for site in found if any(owner_matches(site.owner, pattern) for pattern in keep)}
+    return {site for site in found if not site.bound and (site in kept or note(site.node).get("mode") == KEPT)}
 
 
 def _choose(found: list[Site]) -> tuple[dict[str, bool], list[Site], list[Site]]:
@@ -119,11 +123,11 @@ def _warn_stuck(plan: Plan, stacklevel: int) -> None:
 
 
 def _warn_uncounted(plan: Plan, stacklevel: int) -> None:
-    """A batch norm module always has a counter; its absence means that export has dropped it."""
+    """A batch norm module always has a counter; its absence from an eval program means that export has dropped it."""
     lost = [
         site.owner
         for site in plan.bindable
-        if site.op.counter and site.counter is None and module_type(site.node).startswith("torch.nn.modules.batchnorm.")
+        if site.op.counter and site.counter is None and is_batch_norm(site.node) and not site.training
     ]
     if lost:
         warnings.warn(

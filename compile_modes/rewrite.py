@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
+import torch
 from torch import fx, nn
 
 from compile_modes import _compat, counters
 from compile_modes.bodies import Body, attribute, own
-from compile_modes.errors import OptionError, OverrideError
+from compile_modes.errors import BindError, OptionError, OverrideError
 from compile_modes.sites import Reach, Site, add_note, graph_root, sites
 
 MODES = {"train": True, "eval": False}
@@ -49,14 +50,23 @@ def set_mode(graph_module: nn.Module, training: bool | None, *, overrides: Mappi
     Raises:
         OptionError: ``training`` or an override's mode is not one.
         OverrideError: a pattern matches no site. Nothing has been changed then.
-        BindError: ``graph_module`` holds no graph.
+        BindError: ``graph_module`` holds no graph, or is an ExportedProgram.
     """
     overrides = check_overrides(training, overrides)
-    root = graph_root(graph_module)
+    root = editable(graph_module)
     wanted = assign(sites(root), training, overrides)
     if own(root):
         wanted = assign(sites(root), training, overrides)
     return apply(root, wanted)
+
+
+def editable(module: Any) -> nn.Module:
+    """:func:`graph_root` of something whose graph may be edited in place; a program hands out copies only."""
+    if isinstance(module, torch.export.ExportedProgram):
+        raise BindError(
+            "an ExportedProgram can't be edited in place", remedy="pass the module of its module(), or bind it"
+        )
+    return graph_root(module)
 
 
 def check_overrides(training: Any, overrides: Any) -> dict[str, str]:
@@ -68,7 +78,7 @@ def check_overrides(training: Any, overrides: Any) -> dict[str, str]:
     if not isinstance(overrides, Mapping):
         raise OptionError(f"overrides is a {type(overrides).__name__}", remedy='pass {"layer4.*": "eval"}')
     for pattern, mode in overrides.items():
-        if not isinstance(pattern, str) or mode not in MODES:
+        if not isinstance(pattern, str) or not isinstance(mode, str) or mode not in MODES:
             raise OptionError(
                 f"{mode!r} is not a mode", where=f"overrides[{pattern!r}]", remedy="use 'train' or 'eval'"
             )

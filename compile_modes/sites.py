@@ -11,13 +11,14 @@ from torch import fx, nn
 from torch.export.unflatten import UnflattenedModule
 
 from compile_modes import counters
-from compile_modes.bodies import Body, attribute, bodies, join, module_path, state_path
+from compile_modes.bodies import Body, attribute, bodies, from_dynamo, is_batch_norm, join, module_path, state_path
 from compile_modes.errors import BindError
 from compile_modes.ops import ModeOp, lookup
 
 # Node meta that export, Dynamo and AOTAutograd carry along (``custom``), under this key.
 NOTES = "compile_modes"
-HARD_CODED = "hard-coded"
+HARD_CODED, KEPT = "hard-coded", "kept"
+BOUND = "compile_modes_bound"  # in the meta of a GraphModule that bind() has seen
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,9 +157,12 @@ def _site(body: Body, node: fx.Node, row: ModeOp) -> Site:
     site = Site(node, body, row, module_path(node), training, modeless, bound, note(node).get("mode") == HARD_CODED)
     if row.stats and (stats := state_path(body, row.read(node.args, kwargs, row.stats[0]))):
         home = stats.rpartition(".")[0]
-        # Bodies of higher-order ops that Dynamo retraced have lost the stack of their nodes; statistics have a home.
-        site.owner = site.owner or home
-        if row.counter:
+        # Bodies of regions that Dynamo retraced know no submodule of their nodes any more; statistics have a home.
+        lost = site.owner == "" and "nn_module_stack" in node.meta and from_dynamo(body)
+        site.owner = home if lost else site.owner
+        # Functional batch norm has no counter, also on a batch norm module's buffers.
+        counts = is_batch_norm(node)
+        if row.counter and (lost or (site.owner == home if counts is None else counts)):
             site.counter = join(home, "num_batches_tracked")
     return site
 
@@ -182,7 +186,9 @@ def _attach_counters(root: nn.Module, graphs: Iterable[Body], found: Iterable[Si
         for site, step in zip(stepping, own, strict=False):
             site.step = step
         for site in users:
-            if site.step is None:
+            if site.step is None and site.training:
+                site.counter = None  # trains without counting: whatever its owner is, it does not count
+            elif site.step is None:
                 site.counter_at = _reach(site.body, site.node, path)
                 if site.counter_at is None and not _may_have_counter(root, path):
                     site.counter = None

@@ -219,6 +219,85 @@ def test_the_captured_graph_is_what_inductor_gets(monkeypatch):
     assert "aten.dropout.default" in targets
 
 
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clamp(-0.5, 0.5)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 3
+
+
+def _with_hook(y):
+    y.register_hook(lambda grad: grad * 2)
+    return y.sin()
+
+
+def _inference(y):
+    with torch.inference_mode():
+        z = y * 2
+    return y + z.clone()
+
+
+def _data(y):
+    z = y.clone()
+    z.data.mul_(2)
+    return z.sin()
+
+
+class Around(nn.Module):
+    """A batch norm and a dropout around something that a retrace would not preserve."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.fc, self.bn, self.drop, self.out = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Linear(4, 4)
+        self.inner = inner
+
+    def forward(self, x):
+        return self.out(self.inner(self.drop(self.bn(self.fc(x)))))
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        Scaled.apply,
+        _with_hook,
+        _inference,
+        _data,
+        torch.vmap(lambda v: v.sin() * 2),
+        torch.func.grad(lambda v: v.sin().sum()),
+    ],
+    ids=["autograd.Function", "hook", "inference_mode", "data", "vmap", "func.grad"],
+)
+def test_what_a_retrace_would_not_preserve_is_left_to_stock(inner, no_inductor):
+    if inner is _inference and torch.__version__ < "2.12":
+        pytest.skip("stock torch 2.11 crashes on it")
+    reference = Around(inner)
+    module = copy.deepcopy(reference)
+    with pytest.warns(cm.ModeWarning, match="as it came"):
+        agrees(reference, module, compile_(module), [torch.randn(8, 4)], flips=2)
+    torch._dynamo.reset()
+    with pytest.raises(cm.CaptureError, match="would not survive"):
+        compile_(module, overrides={"bn": "eval"})(torch.randn(8, 4))
+
+
+def test_nested_compile_regions_are_left_to_stock(no_inductor):
+    class Region(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.fc = nn.Dropout(0.5), nn.Linear(4, 4)
+
+        @torch.compiler.nested_compile_region
+        def forward(self, x):
+            return self.drop(self.fc(x))
+
+    model = nn.ModuleList([Region(), Region()])
+    compiled = torch.compile(lambda x: [m(x) for m in model], backend="pt2e_modes")
+    with pytest.warns(cm.ModeWarning, match="invoke_subgraph would not survive"):
+        compiled(torch.randn(3, 4))[1].sum().backward()
+
+
 def test_what_inductor_fails_on_goes_on_as_it_came(monkeypatch):
     def inductor(mode, options):
         def compile_fx(gm, example_inputs):

@@ -3,6 +3,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from torch import fx, nn
 
@@ -195,8 +196,49 @@ def test_keep_leaves_owners_baked():
     assert {s.owner for s in cm.sites(bound) if not s.bound} == {"block1.bn", "block1.drop"}
     with pytest.raises(cm.OverrideError, match=r"head\.\*"):
         cm.bind(export(ConvNet(), IMAGE), keep=["head.*"])
-    with pytest.raises(cm.OptionError, match="3 is not an owner glob"):
-        cm.bind(export(ConvNet(), IMAGE), keep=[3])
+    for keep in ([3], None):
+        with pytest.raises(cm.OptionError, match="owner glob"):
+            cm.bind(export(ConvNet(), IMAGE), keep=keep)
+
+
+@STARTS
+@pytest.mark.parametrize("compiled", [False, True])
+def test_functional_batch_norm_counts_nothing(start, compiled):
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            bn = self.bn
+            return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, self.training, 0.2, 1e-3)
+
+    reference, bound = twin(Functional(), start, VECTORS)
+    assert [site.owner for site in cm.sites(bound)] == [""]
+    call = torch.compile(bound, backend="eager") if compiled else bound
+    agrees(reference, bound, call, [VECTORS], flips=2, tolerance=0.0)
+    assert bound.bn.num_batches_tracked == 0
+
+
+def test_kept_owners_stay_kept_until_baked():
+    bound = cm.bind(export(ConvNet(), IMAGE), keep=["drop"])
+    cm.move_exported_model_to_eval(cm.bind(bound))
+    assert {s.owner for s in cm.sites(bound) if s.training} == {"drop"}
+    cm.bind(cm.bake(bound)).eval()
+    assert not any(s.training for s in cm.sites(bound) if s.owner != "drop")
+
+
+def test_the_root_trains_if_anything_does():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4).eval(), nn.BatchNorm1d(4).eval(), nn.Dropout(0.3))
+    bound = cm.bind(export(model, VECTORS))
+    assert bound.training
+    assert {s.owner: s.training for s in cm.sites(bound)} == {"1": False, "2": False, "3": True}
+
+
+@pytest.mark.parametrize("edit", [lambda ep: cm.set_mode(ep, False), cm.bake])
+def test_programs_are_not_edited_in_place(edit):
+    with pytest.raises(cm.BindError, match="can't be edited in place"):
+        edit(export(ConvNet(), IMAGE))
 
 
 @STARTS

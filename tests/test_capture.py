@@ -149,8 +149,7 @@ def test_what_cannot_be_retraced_says_so():
         return gm.forward
 
     torch.compile(Checkpointed(), backend=backend)(X)
-    assert "could not be retraced" in errors[0].cause
-    assert errors[0].__cause__ is not None
+    assert "tag_activation_checkpoint would not survive" in errors[0].cause
 
 
 def test_inputs_whose_metadata_the_graph_has_changed_are_noticed():

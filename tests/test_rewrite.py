@@ -168,6 +168,7 @@ def test_overrides_equal_eager_submodule_modes():
         (1, None, cm.OptionError),
         (True, {"drop": "off"}, cm.OptionError),
         (True, {"drop": True}, cm.OptionError),
+        (True, {"drop": ["eval"]}, cm.OptionError),
         (True, ["drop"], cm.OptionError),
         (True, {"drop": "eval", "nothing.*": "eval"}, cm.OverrideError),
     ],
