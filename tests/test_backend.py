@@ -261,7 +261,7 @@ class Around(nn.Module):
 @pytest.mark.parametrize(
     "inner",
     [
-        Scaled.apply,
+        lambda y: Scaled.apply(y),
         _with_hook,
         _inference,
         _data,
