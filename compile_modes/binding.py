@@ -12,7 +12,7 @@ from compile_modes import _compat, counters, planning
 from compile_modes.bodies import Body, attribute, bodies, join, own
 from compile_modes.errors import BindError
 from compile_modes.rewrite import attr_node, check_overrides, editable, insert_step, set_argument, write_literal
-from compile_modes.sites import BOUND, HARD_CODED, KEPT, Site, add_note, graph_root, is_flag, sites
+from compile_modes.sites import BOUND, HARD_CODED, KEPT, Site, add_note, graph_root, is_flag, note, sites
 
 _CELL = "_mode_cell"
 _M = TypeVar("_M", bound=nn.Module)
@@ -104,7 +104,8 @@ def bake(module: _M, training: bool | None = None) -> _M:
             site.bound = False
         edited |= write_literal(site, bool(mode))
     for site in found:
-        add_note(site.node, mode=None)
+        if note(site.node).get("mode") == KEPT:
+            add_note(site.node, mode=None)
     for body in bodies(root):
         _drop_flags(body)
     for submodule in list(root.modules()):

@@ -34,6 +34,18 @@ class ConvNet(nn.Module):
 IMAGE = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
+class Small(nn.Module):
+    """One batch norm and one dropout, for graphs that a snapshot can show."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(features, eps=1e-3, momentum=0.03)
+        self.drop = nn.Dropout(0.25)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.drop(self.bn(x))
+
+
 class Parent(nn.Module):
     """An eager module around another one, with mode-dependent parts of its own."""
 

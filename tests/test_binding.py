@@ -11,7 +11,8 @@ import compile_modes as cm
 from compile_modes._compat import graphs_compiled
 
 from nets import (  # isort: skip
-    IMAGE, Activations, Attention, ConvNet, HardCoded, Norms, Parent, Recurrent, Regions, UnusedNorm, UserCounter,
+    IMAGE, Activations, Attention, ConvNet, HardCoded, Norms, Parent, Recurrent, Regions, Small, UnusedNorm,
+    UserCounter,
 )  # fmt: skip
 from oracle import agrees, literals, same_state, text  # isort: skip
 
@@ -269,6 +270,8 @@ def test_hard_coded_flags_stay(start):
     agrees(reference, bound, inputs=[VECTORS], tolerance=0.0)
     again = cm.bind(torch.export.export(bound.train(), (VECTORS,)))
     assert [s.bound for s in cm.sites(again)] == [True, True, False], "the knowledge survives an export in train"
+    rebound = cm.bind(cm.bake(again, training=True))
+    assert [s.bound for s in cm.sites(rebound)] == [True, True, False], "and being baked"
 
 
 @STARTS
@@ -417,17 +420,8 @@ def test_bind_takes_what_a_symbolic_trace_cannot_give():
 
 
 def test_the_code_of_a_bound_graph():
-    class Small(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.bn = nn.BatchNorm1d(4, eps=1e-3, momentum=0.03)
-            self.drop = nn.Dropout(0.25)
-
-        def forward(self, x):
-            return self.drop(self.bn(x))
-
     for start in (True, False):
-        reference, bound = twin(Small(), start, VECTORS)
+        reference, bound = twin(Small(4), start, VECTORS)
         assert_expected_inline(
             text(bound),
             """\

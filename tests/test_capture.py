@@ -10,20 +10,11 @@ from torch._ops import OpOverload
 import compile_modes as cm
 from compile_modes.capture import capture
 
+from nets import Small  # isort: skip
 from oracle import text  # isort: skip
 
 CLONE = torch.ops.aten.clone.default  # what is left of an eval dropout, on some releases
 X = torch.randn(3, 2, generator=torch.Generator().manual_seed(5))
-
-
-class Small(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.bn = nn.BatchNorm1d(2, eps=1e-3, momentum=0.03)
-        self.drop = nn.Dropout(0.25)
-
-    def forward(self, x):
-        return self.drop(self.bn(x))
 
 
 def captured(model, x=X, rewrite=None):
@@ -49,7 +40,7 @@ def eager(model, x=X):
 
 
 def test_the_captured_train_graph_and_its_eval_rewrite():
-    graph, output = captured(Small())
+    graph, output = captured(Small(2))
     assert_expected_inline(
         text(graph),
         """\
@@ -58,8 +49,8 @@ v1 = aten.batch_norm.default(l_x_, bn.weight, bn.bias, bn.running_mean, bn.runni
 v2 = aten.dropout.default(v1, 0.25, True)
 return (v2)""",
     )
-    assert torch.equal(output, eager(Small()))
-    graph, output = captured(Small(), rewrite=False)
+    assert torch.equal(output, eager(Small(2)))
+    graph, output = captured(Small(2), rewrite=False)
     assert_expected_inline(
         text(graph),
         """\
@@ -67,11 +58,11 @@ v0 = aten.batch_norm.default(l_x_, bn.weight, bn.bias, bn.running_mean, bn.runni
 v1 = aten.dropout.default(v0, 0.25, False)
 return (v1)""",
     )
-    assert torch.equal(output, eager(Small().eval()))
+    assert torch.equal(output, eager(Small(2).eval()))
 
 
 def test_the_captured_eval_graph_and_its_train_rewrite():
-    graph, output = captured(Small().eval())
+    graph, output = captured(Small(2).eval())
     assert_expected_inline(
         text(graph),
         """\
@@ -79,7 +70,7 @@ v0 = aten.batch_norm.default(l_x_, bn.weight, bn.bias, bn.running_mean, bn.runni
 v1 = aten.dropout.default(v0, 0.25, False)
 return (v1)""",
     )
-    assert torch.equal(output, eager(Small().eval()))
+    assert torch.equal(output, eager(Small(2).eval()))
     # Dynamo's eval graph has no counter: only the backend, which sees the live module, can honour this.
     report = cm.set_mode(graph, True)
     assert [site.op.family for site in report.changed] == ["dropout"]
@@ -93,7 +84,7 @@ def test_inputs_keep_names_meta_and_sources():
         dynamo_graphs.append((gm, capture(gm, example_inputs)))
         return gm.forward
 
-    torch.compile(Small(), backend=backend)(X)
+    torch.compile(Small(2), backend=backend)(X)
     ((before, after),) = dynamo_graphs
     old, new = (gm.graph.find_nodes(op="placeholder") for gm in (before, after))
     assert [n.name for n in new] == [n.name for n in old]
@@ -122,7 +113,7 @@ def test_regions_of_grad_mode_stay():
 
 
 def test_drawing_on_fake_tensors_leaves_the_random_state_alone():
-    model = Small()
+    model = Small(2)
     torch.manual_seed(0)
     captured(model)
     after_capture = torch.get_rng_state()
@@ -188,7 +179,7 @@ def test_the_forward_and_backward_that_autograd_derives(mode, monkeypatch):
             cm.set_mode(graph, False)
         return autograd(graph, example_inputs)
 
-    model, reference = Small(), Small().train(mode)
+    model, reference = Small(2), Small(2).train(mode)
     x, y = X.clone().requires_grad_(), X.clone().requires_grad_()
     torch.manual_seed(0)
     torch.compile(model, backend=backend)(x).square().sum().backward()
