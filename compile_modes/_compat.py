@@ -4,6 +4,7 @@ Checked on torch 2.11.0, 2.13.0, 2.14.1 and 2.15.0. When torch moves one of thes
 """
 
 import contextlib
+import types
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -41,27 +42,42 @@ RETRACEABLE_HOPS = (
     torch.ops.higher_order.while_loop,
 )
 
-# Where the functions live that act on the state of autograd and functorch: .data, inference_mode, vmap, grad, jvp.
+# Home of functions that act on the state of autograd and functorch: .data, inference_mode, vmap, grad, jvp.
 _STATEFUL_MODULES = ("torch.autograd", "torch._C._autograd", "torch._functorch", "torch._C._functorch")
+
+# Home of the Python functions that only compute. Any other (a user's allow_in_graph function, sdpa_kernel) may carry
+# autograd or change global state inside, of which a retrace records nothing.
+_PURE_MODULES = ("torch.nn.functional", "torch.functional", "torch._jit_internal", "torch._tensor", "torch.fx",
+                 "torch.amp.autocast_mode", "torch._dynamo", "torch.linalg", "torch.fft", "torch.special", "math",
+                 "operator", "_operator", "builtins")  # fmt: skip
 
 
 def not_retraceable(gm: fx.GraphModule) -> str:
-    """The first call in a Dynamo graph, or in a graph below it, that a retrace does not preserve; ``""`` if none."""
+    """What in a Dynamo graph, or in a graph below it, a retrace does not preserve; ``""`` if all is well."""
     for module in gm.modules():
         if not isinstance(module, fx.GraphModule):
-            continue
+            return f"the module {type(module).__name__}"  # real parameters; Dynamo inlines modules by default
         for node in module.graph.nodes:
-            target = node.target
-            if isinstance(target, HigherOrderOperator):
-                if target not in RETRACEABLE_HOPS:
-                    return str(target)
-            elif node.op == "call_function" and _lives_in(target, _STATEFUL_MODULES):
-                return f"{target.__module__}.{target.__name__}"
+            if node.op == "call_function" and not _pure(node.target):
+                return str(getattr(node.target, "__name__", node.target))
+            if node.op == "get_attr":
+                held = getattr(module, str(node.target), None)
+                if isinstance(held, torch.Tensor) and not isinstance(held, FakeTensor):
+                    return f"the real tensor {node.target}"  # running the graph would write to it
     return ""
 
 
-def _lives_in(target: Any, modules: Sequence[str]) -> bool:
-    home = getattr(target, "__module__", None) or ""
+def _pure(target: Any) -> bool:
+    """Whether a call only computes; grad mode and autocast regions count as computing, for a retrace records them."""
+    if isinstance(target, HigherOrderOperator):
+        return target in RETRACEABLE_HOPS
+    name, home = getattr(target, "__name__", ""), getattr(target, "__module__", None) or ""
+    if _below(home, _STATEFUL_MODULES) or (name.startswith(("set_", "_set_")) and name != "_set_grad_enabled"):
+        return False
+    return not isinstance(target, types.FunctionType) or home == "torch" or _below(home, _PURE_MODULES)
+
+
+def _below(home: str, modules: Sequence[str]) -> bool:
     return any(home == module or home.startswith(module + ".") for module in modules)
 
 
@@ -177,9 +193,36 @@ def trace_pre_dispatch(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphMod
     """
     # Not tracing_mode="fake": it makes new fakes in the mode that Dynamo keeps for the backend, which know nothing of
     # the item() of a scalar input.
-    modes = [value.fake_mode for value in inputs if isinstance(value, FakeTensor)]
-    with fx.traceback.preserve_node_meta(), modes[0] if modes else contextlib.nullcontext():
-        return make_fx(fx.Interpreter(gm).run, pre_dispatch=True, tracing_mode="real")(*inputs)
+    values = [*inputs, *(node.meta.get("example_value") for node in gm.graph.nodes)]
+    modes = [value.fake_mode for value in values if isinstance(value, FakeTensor)]
+    grad_mode = torch.is_grad_enabled()
+    try:
+        with fx.traceback.preserve_node_meta(), modes[0] if modes else contextlib.nullcontext():
+            return make_fx(_Checked(gm).run, pre_dispatch=True, tracing_mode="real")(*inputs)
+    finally:
+        torch.set_grad_enabled(grad_mode)  # a graph may end in another mode than it began in
+
+
+class _Checked(fx.Interpreter):
+    """Runs a Dynamo graph again and compares with what Dynamo saw.
+
+    Autocast, for one, is recorded but not applied while tracing before dispatch: whatever looks at dtypes then goes
+    another way, and ``y.float()`` of what should be bfloat16 becomes ``y`` itself.
+    """
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "output":
+            for node in n.all_input_nodes:
+                self._compare(node, self.env[node], "requires_grad")
+        result = super().run_node(n)
+        self._compare(n, result, "dtype")
+        return result
+
+    def _compare(self, node: fx.Node, now: Any, what: str) -> None:
+        before = node.meta.get("example_value")
+        both = isinstance(now, torch.Tensor) and isinstance(before, torch.Tensor)
+        if both and getattr(now, what) != getattr(before, what):
+            raise ValueError(f"{node} has {what} {getattr(now, what)} now, {getattr(before, what)} before")
 
 
 def carry_placeholders(source: fx.Graph, target: fx.Graph) -> None:

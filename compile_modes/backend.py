@@ -124,9 +124,10 @@ def _compile_either(
     except _compat.CONTROL_FLOW:
         raise
     except Exception as error:  # Inductor's own; if the reason is not our stage, the second attempt raises it
+        compiled = compile_fx(gm, example_inputs)
         first_line = (str(error).splitlines() or [""])[0]
         _warn_once(f"pt2e_modes hands a graph to Inductor as it came: {type(error).__name__}: {first_line}")
-        return compile_fx(gm, example_inputs)
+        return compiled
 
 
 def _put_into_modes(captured: fx.GraphModule, options: Options, *, whole: bool) -> list["weakref.ref[nn.Module]"]:

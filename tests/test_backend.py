@@ -282,6 +282,94 @@ def test_what_a_retrace_would_not_preserve_is_left_to_stock(inner, no_inductor):
         compile_(module, overrides={"bn": "eval"})(torch.randn(8, 4))
 
 
+@torch.compiler.allow_in_graph
+def _allowed(y):
+    return Scaled.apply(y)
+
+
+def _under_autocast(x):
+    with torch.autocast("cpu", torch.bfloat16):
+        y = torch.mm(x, x)
+        return y, y.float()
+
+
+def _with_kernel(x):
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        return torch.nn.functional.scaled_dot_product_attention(x[None], x[None], x[None])
+
+
+@pytest.mark.parametrize("function", [_allowed, _under_autocast, _with_kernel])
+def test_functions_that_a_retrace_would_not_preserve(function, no_inductor):
+    x, y = (torch.ones(4, 4, requires_grad=True) for _ in range(2))
+    expected = function(x)
+    with pytest.warns(cm.ModeWarning, match="as it came"):
+        found = torch.compile(function, backend="pt2e_modes")(y)
+    for a, b in zip(*(o if isinstance(o, tuple) else (o,) for o in (expected, found)), strict=True):
+        assert (a.dtype, a.requires_grad) == (b.dtype, b.requires_grad)
+        a.sum().backward(retain_graph=True)
+        b.sum().backward(retain_graph=True)
+    torch.testing.assert_close(y.grad, x.grad)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_graph_may_end_in_another_grad_mode(mode, no_inductor):
+    def function(x):
+        y = x * 2
+        torch.set_grad_enabled(not mode)
+        return y, x * 3
+
+    x = torch.ones(2, requires_grad=True)
+    with torch.set_grad_enabled(mode):
+        expected = [t.requires_grad for t in function(x)]
+    with torch.set_grad_enabled(mode):
+        found = [t.requires_grad for t in torch.compile(function, backend="pt2e_modes")(x)]
+    assert found == expected == [mode, not mode]
+    assert torch.is_grad_enabled()
+
+
+def test_a_graph_may_end_in_another_autocast_mode(no_inductor):
+    def function(x):
+        y = x @ x
+        torch.set_autocast_enabled("cpu", True)
+        return y, x @ x
+
+    for compiled in (function, torch.compile(function, backend="pt2e_modes")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", cm.ModeWarning)
+            try:
+                assert [t.dtype for t in compiled(torch.ones(2, 2))] == [torch.float32, torch.bfloat16]
+            finally:
+                torch.set_autocast_enabled("cpu", False)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.Adam])
+def test_a_compiled_optimizer_steps_once(optimizer, no_inductor):
+    weights = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 4)
+        opt = optimizer(model.parameters(), lr=0.1)
+        step = torch.compile(lambda opt=opt: opt.step(), backend="pt2e_modes") if compiled else opt.step
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", cm.ModeWarning)
+            for _ in range(3):
+                model(torch.ones(2, 4)).square().sum().backward()
+                step()
+                opt.zero_grad()
+        weights.append(model.weight.detach().clone())
+    torch.testing.assert_close(weights[1], weights[0])
+
+
+def test_functions_of_integers_compile_as_often_as_stock(no_inductor):
+    for backend in ("aot_eager", "pt2e_modes"):
+        torch._dynamo.reset()
+        before = graphs_compiled()
+        compiled = torch.compile(lambda n: torch.arange(n) * 2, backend=backend)
+        for n in range(3, 9):
+            assert torch.equal(compiled(n), torch.arange(n) * 2)
+        assert graphs_compiled() - before == 2
+
+
 def test_nested_compile_regions_are_left_to_stock(no_inductor):
     class Region(nn.Module):
         def __init__(self):
