@@ -170,11 +170,6 @@ def fake_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
     for placeholder, fake, given in zip(placeholders, inputs, example_inputs, strict=True):
         if isinstance(fake, torch.Tensor) and isinstance(given, torch.Tensor) and not _same_layout(fake, given):
             raise ValueError(f"the metadata of input {placeholder} has been changed by the graph itself")
-    for node in gm.graph.find_nodes(op="call_method", target="item"):
-        # With dynamic shapes, a float of the user's is a 0-d tensor input; what its item() is, Dynamo has decided.
-        scalar, value = node.args[0].meta.get("example_value"), node.meta.get("example_value")
-        if isinstance(scalar, FakeTensor) and isinstance(value, torch.SymFloat):
-            scalar.item_memo = value
     return inputs
 
 
