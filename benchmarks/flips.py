@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import platform
+import sys
 import time
 import types
 from collections.abc import Callable
@@ -360,7 +361,9 @@ def main() -> None:
     model, x = make_model(args.model)
     head = {"torch": torch.__version__, "torchao": torchao.__version__, "python": platform.python_version()}
     head |= {"device": "CPU", "cores": str(os.cpu_count()), "threads": str(args.threads), "model": args.model}
-    console, results = Console(), {name: Result() for name in CONTENDERS}
+    # Wide enough for the table also where the output is no terminal.
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    results = {name: Result() for name in CONTENDERS}
     console.print(", ".join(f"{key} {value}" for key, value in head.items()), highlight=False)
     # Inductor's own random numbers differ from eager's by design; with eager's, the results can be compared. Set for
     # the timing as well, so that what is checked is what was timed.
