@@ -101,10 +101,12 @@ def pt2e_modes(
             raise
         _warn_once(f"pt2e_modes hands a graph to Inductor as it came.\n{error}")
         return compile_fx(gm, example_inputs)
-    _warn_rnn(captured)
+    found = sites(captured)
     if not parsed.explicit:
+        _warn_rnn(found)
         return _compile_either(compile_fx, captured, gm, example_inputs)
-    advanced = _put_into_modes(captured, parsed, whole=_compat.is_whole_frame(gm))
+    advanced = _put_into_modes(captured, found, parsed, whole=_compat.is_whole_frame(gm))
+    _warn_rnn(found)  # of the modes that are compiled, not of those that were captured
     compiled = compile_fx(captured, example_inputs)
     return _advancing(compiled, advanced) if advanced else compiled
 
@@ -130,9 +132,10 @@ def _compile_either(
         return compiled
 
 
-def _put_into_modes(captured: fx.GraphModule, options: Options, *, whole: bool) -> list["weakref.ref[nn.Module]"]:
+def _put_into_modes(
+    captured: fx.GraphModule, found: Sequence[Site], options: Options, *, whole: bool
+) -> list["weakref.ref[nn.Module]"]:
     """Rewrites a captured graph as asked; returns the batch norms whose counter the graph can't reach."""
-    found = sites(captured)
     owners = {site.owner for site in found}
     if whole:
         overrides = options.overrides
@@ -206,8 +209,8 @@ def _warn_unbound(roots: Sequence[nn.Module]) -> None:
                 )
 
 
-def _warn_rnn(captured: fx.GraphModule) -> None:
-    for site in sites(captured):
+def _warn_rnn(found: Sequence[Site]) -> None:
+    for site in found:
         if site.op.family == "rnn" and site.training and site.p and site.read("num_layers") > 1:
             _warn_once(
                 f"{site.op.overload} (owner {site.owner!r}) is compiled without its dropout between layers: torch's "

@@ -64,6 +64,14 @@ def agrees(
                 same_state(reference, module, tolerance)
 
 
+def same_outputs(
+    reference: Callable[..., Any], call: Callable[..., Any], *inputs: torch.Tensor, seeds: int = 3
+) -> None:
+    """Asserts bit-equal outputs from the same seeds."""
+    for seed in range(seeds):
+        _same("output", _run(reference, inputs, seed), _run(call, inputs, seed), 0.0)
+
+
 def same_state(reference: nn.Module, module: nn.Module, tolerance: float = TOLERANCE) -> None:
     """Asserts equal ``state_dict``: keys and values, ``num_batches_tracked`` exactly."""
     ours = module.state_dict()
