@@ -15,8 +15,9 @@ from compile_modes.exported import (
     move_exported_model_to_eval,
     move_exported_model_to_train,
 )
+from compile_modes.listing import explain
 from compile_modes.rewrite import Report, set_mode
-from compile_modes.sites import Site, explain, sites
+from compile_modes.sites import Site, sites
 
 __all__ = [
     "BindError",

@@ -89,6 +89,11 @@ def aten_overload(name: str) -> OpOverload | None:
     return found if isinstance(found, OpOverload) else None
 
 
+def draws_random_numbers(target: Any) -> bool:
+    """Whether a call consumes numbers of the default generator, by torch's own tag."""
+    return isinstance(target, OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+
+
 def refresh(module: nn.Module) -> None:
     """Makes an edited graph take effect, also where Dynamo has compiled a parent of ``module`` before.
 

@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -11,14 +11,26 @@ from torch import fx, nn
 from compile_modes import _compat, counters, planning
 from compile_modes.bodies import Body, attribute, bodies, join, own
 from compile_modes.errors import BindError
-from compile_modes.rewrite import attr_node, check_overrides, editable, insert_step, set_argument, write_literal
-from compile_modes.sites import BOUND, HARD_CODED, KEPT, Site, add_note, graph_root, is_flag, note, sites
+from compile_modes.folding import unfold
+from compile_modes.gates import GATES
+from compile_modes.rewrite import (
+    attr_node,
+    check_overrides,
+    editable,
+    insert_dropout,
+    insert_step,
+    loosen_views,
+    make_one_node,
+    set_argument,
+    write_literal,
+)
+from compile_modes.sites import BOUND, HARD_CODED, KEPT, add_note, graph_root, is_flag, note, sites
 
 _CELL = "_mode_cell"
 _M = TypeVar("_M", bound=nn.Module)
 
 
-def bind(exported: Any, *, keep: Sequence[str] = ()) -> Any:
+def bind(exported: Any, *, keep: Sequence[str] = (), dropout_p: Mapping[str, float] | None = None) -> Any:
     """Gives an exported program working ``train()`` and ``eval()``, submodule by submodule.
 
     Each mode-dependent site reads its owner's ``training`` afterwards, so eager calls follow it and Dynamo guards on
@@ -31,13 +43,15 @@ def bind(exported: Any, *, keep: Sequence[str] = ()) -> Any:
             UnflattenedModule, or an OptimizedModule around one of these. Modules are bound in place; parameters,
             buffers and ``state_dict`` keys stay as they are.
         keep: globs of owners whose sites keep their literal, also when the module is bound again.
+        dropout_p: attention dropout that an eval export has lost, ``{owner glob: probability}``; first match wins.
 
     Returns:
         The bound module: ``exported`` itself, or the new module of an ExportedProgram.
 
     Raises:
         BindError: there is no graph, the graph is decomposed, or an owner's name is taken by another attribute.
-        OverrideError: a ``keep`` pattern matches no site.
+        OptionError: ``keep`` or ``dropout_p`` are not usable, or the site has kept its probability.
+        OverrideError: a pattern matches no site.
 
     Warns:
         ModeWarning: some sites can't follow the flag, with the reason for each.
@@ -47,9 +61,16 @@ def bind(exported: Any, *, keep: Sequence[str] = ()) -> Any:
     root = graph_root(exported)
     if isinstance(exported, torch.export.ExportedProgram):
         _restore_state(root, exported)
-    plan = planning.plan_binding(root, keep)
+    plan = planning.plan_binding(root, keep, dropout_p)
     if own(root):
-        plan = planning.plan_binding(root, keep)
+        plan = planning.plan_binding(root, keep, dropout_p)
+    carry_out(plan, root)
+    planning.warn(plan, stacklevel=2)
+    return root if isinstance(exported, torch.export.ExportedProgram) else exported
+
+
+def carry_out(plan: planning.Plan, root: nn.Module) -> None:
+    """Binds ``root`` as planned, and gives it the ``train()`` and ``eval()`` of nn.Module."""
     for owner in {site.owner for site in plan.bindable}:
         _ensure_module(root, owner)
     _merge_aliases(root, plan.modes)
@@ -64,14 +85,12 @@ def bind(exported: Any, *, keep: Sequence[str] = ()) -> Any:
         add_note(site.node, mode=KEPT)
     if isinstance(root, fx.GraphModule):
         root.meta[BOUND] = True
-    edited = _bind_sites(root, plan.bindable)
+    edited = _bind_sites(root, plan)
     for module in [root, *(body.module for body in bodies(root))]:
         module.__dict__.pop("train", None)  # the methods by which export forbids what now works
         module.__dict__.pop("eval", None)
     for module in edited:
         _compat.refresh(module)
-    planning.warn(plan, stacklevel=2)
-    return root if isinstance(exported, torch.export.ExportedProgram) else exported
 
 
 def bake(module: _M, training: bool | None = None) -> _M:
@@ -103,6 +122,8 @@ def bake(module: _M, training: bool | None = None) -> _M:
             set_argument(site, str(site.op.p), site.p)
             site.bound = False
         edited |= write_literal(site, bool(mode))
+        if site.node.target in GATES:
+            unfold(site.node, site.body)
     for site in found:
         if note(site.node).get("mode") == KEPT:
             add_note(site.node, mode=None)
@@ -161,17 +182,24 @@ def _merge_aliases(root: nn.Module, modes: dict[str, bool]) -> None:
             root.get_submodule(parent)._modules[name] = one
 
 
-def _bind_sites(root: nn.Module, found: list[Site]) -> set[nn.Module]:
+def _bind_sites(root: nn.Module, plan: planning.Plan) -> set[nn.Module]:
     edited: set[nn.Module] = set()
     graphs = {body.graph: body for body in bodies(root)}
-    for site in found:
+    for site in plan.bindable:
+        make_one_node(site)
         flag = _flag(root, site.body, site.owner)
+        if site in plan.inverted:
+            with site.node.graph.inserting_before(site.node):
+                flag = site.node.graph.call_function(operator.not_, (flag,))
         if site.op.flag is not None:
             set_argument(site, site.op.flag, flag)
+        elif site.op.p is None:
+            insert_dropout(site, plan.supplied[site], flag)
         else:
             with site.node.graph.inserting_before(site.node):
-                scaled = site.node.graph.call_function(operator.mul, (flag, site.p))
+                scaled = site.node.graph.call_function(operator.mul, (flag, plan.supplied.get(site, site.p)))
             set_argument(site, str(site.op.p), scaled)
+            loosen_views(site.node)
         edited.add(site.body.module)
         if site.step is not None:
             body = graphs[site.step.graph]
@@ -218,6 +246,6 @@ def _drop_flags(body: Body) -> None:
     for node in list(body.graph.nodes):
         if node.target is operator.mul and not node.users and is_flag(node.args[0]):
             body.graph.erase_node(node)
-    for node in list(body.graph.nodes):
+    for node in reversed(list(body.graph.nodes)):
         if is_flag(node) and not node.users:
             body.graph.erase_node(node)

@@ -14,9 +14,9 @@ from typing import Any, cast
 
 from torch import fx, nn
 
-from compile_modes import _compat, counters
+from compile_modes import _compat, counters, gates
 
-_OWNED = "compile_modes_owned"
+OWNED = "compile_modes_owned"  # in the meta of a body that belongs to one module alone
 
 
 @dataclass(eq=False)
@@ -28,6 +28,7 @@ class Body:
         path: attribute path of ``module`` from the root (``""`` for the root itself).
         parent: the body that runs this one, and ``caller`` the node there; both None for the root.
         always: whether the caller runs the body exactly once, so that a statement may be hoisted out of it.
+        gated: whether it is, or is below, what a call of ``gates.py`` runs in train only.
         operands: what the caller passes for each placeholder, as far as known.
         children: the bodies that nodes of this graph run.
     """
@@ -37,6 +38,7 @@ class Body:
     parent: "Body | None" = None
     caller: fx.Node | None = None
     always: bool = True
+    gated: bool = False
     operands: dict[fx.Node, Any] = field(default_factory=dict)
     children: dict[fx.Node, "Body"] = field(default_factory=dict)
 
@@ -58,9 +60,9 @@ def own(root: nn.Module) -> bool:
         module = body.module
         if body.parent.module in replaced:
             replaced.add(module)  # below a copy, which has seen to its own bodies
-        elif body.caller.op == "call_function" and isinstance(module, fx.GraphModule) and _OWNED not in module.meta:
+        elif body.caller.op == "call_function" and isinstance(module, fx.GraphModule) and OWNED not in module.meta:
             copied = fx.GraphModule(module, copy.deepcopy(body.graph))
-            copied.meta = {**module.meta, _OWNED: True}
+            copied.meta = {**module.meta, OWNED: True}
             own(copied)
             holder, _, name = body.path.removeprefix(body.parent.path).lstrip(".").rpartition(".")
             setattr(attribute(body.parent.module, holder) if holder else body.parent.module, name, copied)
@@ -112,14 +114,14 @@ def _children(body: Body, node: fx.Node, calls: dict[str, int]) -> Iterator[Body
             child.operands |= {p: node.kwargs[p.target] for p in inputs if p.target in node.kwargs}
             yield child
     elif node.op == "call_function":
-        always = node.target in _compat.UNCONDITIONAL_HOPS
+        always, gate = node.target in _compat.UNCONDITIONAL_HOPS, node.target in gates.GATES
         for position, arg in enumerate(node.args):
             if isinstance(arg, fx.Node) and arg.op == "get_attr":
                 module = attribute(body.module, str(arg.target))
                 if isinstance(module, fx.GraphModule):
-                    child = Body(module, join(body.path, str(arg.target)), body, node, always)
+                    child = Body(module, join(body.path, str(arg.target)), body, node, always, gate or body.gated)
                     inputs, operands = child.graph.find_nodes(op="placeholder"), node.args[position + 1 :]
-                    if always and len(inputs) == len(operands):
+                    if (always or gate) and len(inputs) == len(operands):
                         child.operands = dict(zip(inputs, operands, strict=True))
                     yield child
 
@@ -184,14 +186,20 @@ def module_path(node: fx.Node) -> str:
     return canonical(dynamo_path(list(stack.values())[-1][0])) if stack else ""
 
 
-def is_batch_norm(node: fx.Node) -> bool | None:
-    """Whether that submodule is one of torch's batch norms, or derived from one; None if its class is not known."""
+def module_class(node: fx.Node) -> type | None:
+    """The class of that submodule; None if it is not known."""
     stack = node.meta.get("nn_module_stack")
     kind = list(stack.values())[-1][1] if stack else None
     if isinstance(kind, str):  # export writes the qualified name
         module, _, name = kind.rpartition(".")
         kind = getattr(sys.modules.get(module), name, None)
-    return issubclass(kind, _compat.BATCH_NORM) if isinstance(kind, type) else None
+    return kind if isinstance(kind, type) else None
+
+
+def is_batch_norm(node: fx.Node) -> bool | None:
+    """Whether that submodule is one of torch's batch norms, or derived from one; None if its class is not known."""
+    kind = module_class(node)
+    return None if kind is None else issubclass(kind, _compat.BATCH_NORM)
 
 
 def from_dynamo(body: Body) -> bool:

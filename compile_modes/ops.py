@@ -6,25 +6,34 @@ mode-carrying overload that has no row here.
 
 Deliberately *not* in the table:
 
-- ``bernoulli``, ``rand`` and friends: sampling, whose meaning (a DropPath mask, a VAE) is not in the operator.
+- ``bernoulli``, ``rand`` and friends: sampling, whose meaning (a DropPath mask, a VAE) is not in the operator. What is
+  known to be a mask is folded into a call of ``gates.noise``, which is in the table; see ``regions.py``.
 - ``fused_moving_avg_obs_fake_quant`` and other observers: switched by their own flags, not by train/eval.
 - ``batch_norm_stats``, ``batch_norm_elemt``, ``batch_norm_gather_stats``: the pieces of CUDA SyncBatchNorm,
   reached only in train; eval runs another program (``batch_norm``).
 """
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch._ops import OpOverload
 
-from compile_modes._compat import aten_overload
+from compile_modes import gates
+from compile_modes._compat import aten_overload, draws_random_numbers
 
 STATS = ("running_mean", "running_var")
 
 _KERNEL = "a kernel below training IR: its extra inputs and outputs depend on the mode"
 _BACKWARD = "a backward kernel: it follows from the forward when autograd is derived"
 _DECOMPOSED = "decomposed: the mode is spread over several nodes; bind the program before run_decompositions()"
+_LOST_DROPOUT = (
+    "no dropout on the attention weights: the module had none, or it was traced in eval mode and its p is lost"
+)
+_LOST_ITERATION = "spectral norm's power iteration is not in an eval export"
+_STUCK_ITERATION = "spectral norm's power iteration is not in a no_grad region of its own here, and can't be taken out"
 _QUANTIZED = "a quantized RNN runs inference only"
 
 
@@ -33,8 +42,8 @@ class ModeOp:
     """One mode-carrying operator overload.
 
     Attributes:
-        overload: the operator.
-        family: dropout, batch_norm, instance_norm, rrelu, rnn or attention.
+        overload: the operator, or the function of ``gates.py``.
+        family: dropout, batch_norm, instance_norm, rrelu, rnn, attention, noise or spectral_norm.
         flag: name of the boolean argument that is the mode; None if there is none.
         p: name of the probability argument. Without a flag it is the mode itself: 0 in eval, positive in train.
         stats: names of the running statistics; None operands there mean batch statistics in both modes.
@@ -45,7 +54,7 @@ class ModeOp:
         refusal: why the op is never switched; empty if it can be.
     """
 
-    overload: OpOverload
+    overload: OpOverload | Callable[..., Any]
     family: str
     flag: str | None = None
     p: str | None = None
@@ -55,28 +64,34 @@ class ModeOp:
     modeless: bool = False
     decomposed: bool = False
     refusal: str = ""
-    _index: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
+    arguments: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._index.update({a.name: i for i, a in enumerate(self.overload._schema.arguments)})
+        if isinstance(self.overload, OpOverload):
+            self.arguments.update({a.name: a.default_value for a in self.overload._schema.arguments})
+        else:
+            self.arguments.update(dict.fromkeys(inspect.signature(self.overload).parameters))
         for name in (self.flag, self.p, *self.stats, *self.shown):
-            if name is not None and name not in self._index:
-                raise ValueError(f"{self.overload} has no argument {name!r}; schema: {self.overload._schema}")
+            if name is not None and name not in self.arguments:
+                raise ValueError(f"{self} has no argument {name!r}; it has {', '.join(self.arguments)}")
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
         """The value of argument ``name`` in a call, schema default included."""
         if name in kwargs:
             return kwargs[name]
-        index = self._index[name]
-        return args[index] if index < len(args) else self.overload._schema.arguments[index].default_value
+        index = self.index(name)
+        return args[index] if index < len(args) else self.arguments[name]
 
     def index(self, name: str) -> int:
         """Position of argument ``name`` in the schema."""
-        return self._index[name]
+        return list(self.arguments).index(name)
 
     def default(self, name: str) -> Any:
         """Schema default of argument ``name``; None where it has none."""
-        return self.overload._schema.arguments[self._index[name]].default_value
+        return self.arguments[name]
+
+    def __str__(self) -> str:
+        return str(self.overload) if isinstance(self.overload, OpOverload) else self.overload.__name__
 
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
@@ -207,9 +222,24 @@ def _build() -> dict[OpOverload, ModeOp]:
     return table
 
 
-TABLE = _build()
+TABLE: dict[Any, ModeOp] = {
+    **_build(),
+    gates.noise: ModeOp(gates.noise, "noise", flag="training"),
+    gates.power_iteration: ModeOp(gates.power_iteration, "spectral_norm", flag="training"),
+}
+
+
+# What a graph says of a mode by lacking something. No rows: the ops themselves mean the same in both modes.
+LOST_DROPOUT = ModeOp(torch.ops.aten.softmax.int, "attention", refusal=_LOST_DROPOUT)
+LOST_ITERATION = ModeOp(torch.ops.aten.vdot.default, "spectral_norm", refusal=_LOST_ITERATION)
+STUCK_ITERATION = ModeOp(torch.ops.aten.vdot.default, "spectral_norm", refusal=_STUCK_ITERATION)
 
 
 def lookup(target: Any) -> ModeOp | None:
     """The row of a node's target, or None if the op means the same in both modes."""
-    return TABLE.get(target) if isinstance(target, OpOverload) else None
+    return TABLE.get(target) if callable(target) else None
+
+
+def is_sampler(target: Any) -> bool:
+    """Whether an op that has no row draws random numbers."""
+    return draws_random_numbers(target) and target not in TABLE

@@ -2,21 +2,34 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
-from compile_modes.bodies import is_batch_norm
+from compile_modes.bodies import bodies, is_batch_norm, module_path
 from compile_modes.errors import BindError, ModeWarning, OptionError
+from compile_modes.regions import regions
 from compile_modes.rewrite import no_match, owner_matches
 from compile_modes.sites import KEPT, Site, note, sites
 
 
 @dataclass
 class Plan:
-    """What :func:`bind` is about to do: sites to bind, sites that can't be, sites at odds with their owner."""
+    """What :func:`bind` is about to do.
+
+    Attributes:
+        first: whether nothing is bound yet, so that the flags are still to be set.
+        program: the mode that most of the program is in.
+        modes: the mode of each owner.
+        bindable: sites to bind, and ``inverted`` those of them that are in train when the flag says eval.
+        stuck: sites that can't be, with the reason.
+        odd: sites at odds with their owner, which keep their literal.
+        kept: sites that the caller wants to keep theirs.
+        unclear: random masks that may or may not depend on mode.
+        supplied: probabilities that the export has lost and the caller knows.
+    """
 
     first: bool
     program: bool
@@ -25,20 +38,26 @@ class Plan:
     stuck: list[tuple[Site, str]]
     odd: list[Site]
     kept: set[Site]
+    unclear: list[fx.Node] = field(default_factory=list)
+    supplied: dict[Site, float] = field(default_factory=dict)
+    inverted: set[Site] = field(default_factory=set)
 
 
-def plan_binding(root: nn.Module, keep: Sequence[str]) -> Plan:
+def plan_binding(root: nn.Module, keep: Sequence[str], dropout_p: Mapping[str, float] | None) -> Plan:
+    keep = (keep,) if isinstance(keep, str) else keep
     found = sites(root)
     for site in found:
         if site.op.decomposed:
             raise decomposed(str(site))
     kept = _kept(found, keep)
     modes, chosen, odd = _choose([site for site in found if site not in kept])
-    stuck = [(site, why) for site in chosen if (why := site.refusal(not site.training))]
-    bindable = [site for site in chosen if not site.refusal(not site.training)]
+    supplied = _supplied(found, dropout_p)
+    stuck = [(s, why) for s in chosen if s not in supplied and (why := s.refusal(not s.training))]
+    bindable = [s for s in chosen if s in supplied or not s.refusal(not s.training)]
     _check_names(root, {site.owner for site in bindable})
     first = bool(modes) and not any(site.bound for site in found)
-    return Plan(first, any(modes.values()), modes, bindable, stuck, odd, kept)
+    unclear = _unclear(root, keep) if any(modes.values()) else []
+    return Plan(first, any(modes.values()), modes, bindable, stuck, odd, kept, unclear, supplied)
 
 
 def decomposed(where: str) -> BindError:
@@ -52,8 +71,6 @@ def decomposed(where: str) -> BindError:
 def _kept(found: list[Site], keep: Sequence[str]) -> set[Site]:
     if not isinstance(keep, Iterable):
         raise OptionError(f"{keep!r} is not a list of owner globs", where="keep", remedy='pass keep=["head.*"]')
-    if isinstance(keep, str):
-        keep = (keep,)
     owners = sorted({site.owner for site in found})
     for pattern in keep:
         if not isinstance(pattern, str):
@@ -62,6 +79,40 @@ def _kept(found: list[Site], keep: Sequence[str]) -> set[Site]:
             raise no_match(pattern, owners, "keep")
     kept = {site for site in found if any(owner_matches(site.owner, pattern) for pattern in keep)}
     return {site for site in found if not site.bound and (site in kept or note(site.node).get("mode") == KEPT)}
+
+
+def _unclear(root: nn.Module, keep: Sequence[str]) -> list[fx.Node]:
+    """Masks among other computations of their module: an eval export may lack them, or not."""
+    masks = [region for body in bodies(root) if not body.gated for region in regions(body) if not region.covers]
+    return [m.node for m in masks if not any(owner_matches(module_path(m.node), pattern) for pattern in keep)]
+
+
+def _supplied(found: list[Site], dropout_p: Any) -> dict[Site, float]:
+    """The sites without a probability that ``dropout_p`` gives one."""
+    if dropout_p is None:
+        return {}
+    if not isinstance(dropout_p, Mapping):
+        raise OptionError(f"{dropout_p!r} is no mapping", where="dropout_p", remedy='pass {"layers.*.self_attn": 0.1}')
+    attention = [site for site in found if site.op.family == "attention"]
+    owners = sorted({site.owner for site in attention})
+    supplied: dict[Site, float] = {}
+    for pattern, p in dropout_p.items():
+        if not isinstance(p, float | int) or not 0 <= p < 1:
+            raise OptionError(
+                f"{p!r} is no probability", where=f"dropout_p[{pattern!r}]", remedy="pass a number from 0 to below 1"
+            )
+        named = [site for site in attention if owner_matches(site.owner, pattern)]
+        if not named:
+            raise no_match(pattern, owners, "dropout_p", "attention")
+        for site in named:
+            if site.p or site.bound:
+                raise OptionError(
+                    f"{site} has kept its own probability",
+                    where=f"dropout_p[{pattern!r}]",
+                    remedy="leave it out: dropout_p is for what an eval export has lost",
+                )
+            supplied.setdefault(site, float(p))
+    return supplied
 
 
 def _choose(found: list[Site]) -> tuple[dict[str, bool], list[Site], list[Site]]:
@@ -107,6 +158,14 @@ def warn(plan: Plan, stacklevel: int) -> None:
     """Says what will not follow ``train()`` and ``eval()``; ``stacklevel`` as for :func:`warnings.warn`."""
     _warn_stuck(plan, stacklevel + 2)
     _warn_uncounted(plan, stacklevel + 2)
+    if plan.unclear:
+        owners = sorted({repr(module_path(node)) for node in plan.unclear})
+        warnings.warn(
+            f"random masks of {', '.join(owners[:5])} stay in both modes: one export can't tell whether they depend on "
+            "mode.\n  what to do: compile_modes.export(model, args), which can; or keep=[owner] if they don't",
+            ModeWarning,
+            stacklevel=stacklevel + 1,
+        )
 
 
 def _warn_stuck(plan: Plan, stacklevel: int) -> None:

@@ -1,6 +1,7 @@
 """The graph-to-graph rewrite: put sites into a mode, change nothing else."""
 
 import difflib
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -12,9 +13,11 @@ from torch import fx, nn
 from compile_modes import _compat, counters
 from compile_modes.bodies import Body, attribute, own
 from compile_modes.errors import BindError, OptionError, OverrideError
+from compile_modes.folding import fold
 from compile_modes.sites import Reach, Site, add_note, graph_root, sites
 
 MODES = {"train": True, "eval": False}
+_RELAYING = (operator.getitem, torch.ops.aten.transpose.int, torch.ops.aten.permute.default)
 
 
 @dataclass(frozen=True)
@@ -107,11 +110,11 @@ def owner_matches(owner: str, pattern: str) -> bool:
     return fnmatchcase(owner, pattern)
 
 
-def no_match(pattern: str, owners: list[str], argument: str) -> OverrideError:
+def no_match(pattern: str, owners: list[str], argument: str, kind: str = "mode-dependent") -> OverrideError:
     """The error for a pattern that names no owner, with the owners it may have meant."""
     near = difflib.get_close_matches(pattern, owners, n=3, cutoff=0.4) or owners[:3]
     return OverrideError(
-        f"the pattern {pattern!r} matches no mode-dependent site",
+        f"the pattern {pattern!r} matches no {kind} site",
         where=f"{argument}[{pattern!r}]",
         remedy=f"owners here: {', '.join(repr(o) for o in near)}" if near else "this graph has no such site",
     )
@@ -142,9 +145,11 @@ def apply(
 
 
 def set_flag(root: nn.Module, site: Site, training: bool) -> None:
-    """Sets the flag that a bound site reads."""
+    """Sets the flag that a bound site reads, so that the site is in the given mode."""
     value = site.read(site.op.flag or str(site.op.p))
     flag = value if site.op.flag else value.args[0]
+    if site.inverted:
+        flag, training = flag.args[0], not training
     holder = str(flag.target).rpartition(".")[0]
     (attribute(site.body.module, holder) if holder else site.body.module).training = training
     root.get_submodule(site.owner).training = training
@@ -152,6 +157,7 @@ def set_flag(root: nn.Module, site: Site, training: bool) -> None:
 
 def write_literal(site: Site, training: bool) -> set[nn.Module]:
     """Writes a mode into a site as a literal; returns the modules whose graphs it has edited."""
+    make_one_node(site)
     if site.op.flag is not None:
         set_argument(site, site.op.flag, training)
     elif training:
@@ -168,6 +174,12 @@ def write_literal(site: Site, training: bool) -> set[nn.Module]:
         site.step = insert_step(site.counter_at, True)
         edited.add(site.counter_at.body.module)
     return edited
+
+
+def make_one_node(site: Site) -> None:
+    """Folds the nodes of a site that is a region into one that carries its mode."""
+    if site.region is not None:
+        site.node, site.region = fold(site.region, site.body), None
 
 
 def _owner_of_graph(site: Site, node: fx.Node) -> nn.Module:
@@ -190,6 +202,29 @@ def set_argument(site: Site, name: str, value: Any) -> None:
         node.kwargs = {key: v for key, v in node.kwargs.items() if key != name}
     else:
         node.update_kwarg(name, value)
+
+
+def insert_dropout(site: Site, p: float, flag: fx.Node) -> None:
+    """Puts the dropout that a softmax of attention weights is followed by in train behind it."""
+    graph, weights = site.node.graph, site.node
+    with graph.inserting_after(max(weights, flag)):
+        dropped = graph.call_function(torch.ops.aten.dropout.default, (weights, p, flag))
+    weights.replace_all_uses_with(dropped, delete_user_cb=lambda user: user is not dropped)
+    dropped.meta = {k: v for k, v in weights.meta.items() if k in ("nn_module_stack", "val", "stack_trace")}
+
+
+def loosen_views(attention: fx.Node) -> None:
+    """Makes views of an attention's output reshapes, in place.
+
+    The kernel, and with it the layout of the output, depends on whether there is dropout; export has left out the
+    ``contiguous()`` before a view wherever the exported kernel's layout needed none.
+    """
+    following = list(attention.users)
+    for node in following:
+        if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+            node.target = torch.ops.aten.reshape.default
+        elif node.target in _RELAYING:
+            following.extend(node.users)
 
 
 def insert_step(reach: Reach, flag: fx.Node | bool) -> fx.Node:

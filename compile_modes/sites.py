@@ -1,7 +1,6 @@
 """Mode-dependent sites of a graph: which op, whose, in which mode, and what can be done about it."""
 
 import operator
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +10,26 @@ from torch import fx, nn
 from torch.export.unflatten import UnflattenedModule
 
 from compile_modes import counters
-from compile_modes.bodies import Body, attribute, bodies, from_dynamo, is_batch_norm, join, module_path, state_path
+from compile_modes.bodies import (
+    Body,
+    attribute,
+    bodies,
+    from_dynamo,
+    is_batch_norm,
+    join,
+    module_class,
+    module_path,
+    state_path,
+)
 from compile_modes.errors import BindError
-from compile_modes.ops import ModeOp, lookup
+from compile_modes.ops import LOST_DROPOUT, LOST_ITERATION, STUCK_ITERATION, TABLE, ModeOp, lookup
+from compile_modes.regions import Region, iterations, regions
 
 # Node meta that export, Dynamo and AOTAutograd carry along (``custom``), under this key.
 NOTES = "compile_modes"
 HARD_CODED, KEPT = "hard-coded", "kept"
+_ATTENTION = nn.MultiheadAttention
+_SOFTMAX = (torch.ops.aten.softmax.int, torch.ops.aten._softmax.default)
 BOUND = "compile_modes_bound"  # in the meta of a GraphModule that bind() has seen
 
 
@@ -42,6 +54,8 @@ class Site:
         modeless: whether it does the same in both modes, such as a batch norm without running statistics.
         bound: whether it reads its owner's ``training`` instead of a literal.
         hard_coded: whether :func:`compile_modes.bind` found its literal at odds with its owner's other sites.
+        inverted: whether it is in train while its owner's flag says eval (``F.dropout(x, p, not self.training)``).
+        region: the nodes that the site consists of, if they are not folded into ``node`` yet.
         counter: attribute path of the ``num_batches_tracked`` that eager advances beside it in train, if any.
         step: the node that advances the counter.
         counter_at: without a step, where one could stand.
@@ -55,6 +69,8 @@ class Site:
     modeless: bool
     bound: bool
     hard_coded: bool
+    inverted: bool = False
+    region: Region | None = None
     counter: str | None = None
     step: fx.Node | None = None
     counter_at: Reach | None = None
@@ -102,7 +118,7 @@ class Site:
 
     def __str__(self) -> str:
         mode = {True: "train", False: "eval", None: "no mode"}[self.training]
-        return f"{self.node.name} ({self.op.overload}, owner {self.owner!r}, {mode})"
+        return f"{self.node.name} ({self.op}, owner {self.owner!r}, {mode})"
 
 
 def note(node: fx.Node) -> dict[str, Any]:
@@ -127,14 +143,43 @@ def sites(obj: Any) -> list[Site]:
     """
     root = graph_root(obj)
     graphs = bodies(root)
-    found = [
-        _site(body, node, row)
-        for body in graphs
-        for node in body.graph.nodes
-        if node.op == "call_function" and (row := lookup(node.target)) is not None
-    ]
+    found = [site for body in graphs for site in _sites_of(body)]
     _attach_counters(root, graphs, found)
     return found
+
+
+def _sites_of(body: Body) -> list[Site]:
+    if body.gated:
+        return []  # the call that runs it is the site
+    special = {r.node: _site_without_flag(body, r.node, TABLE[r.gate], True, r) for r in regions(body) if r.covers}
+    for node, live in iterations(body):
+        special[node] = _site_without_flag(body, node, STUCK_ITERATION if live else LOST_ITERATION, live)
+    for node in _without_dropout(body):
+        special[node] = _site_without_flag(body, node, LOST_DROPOUT, False)
+    found = []
+    for node in body.graph.nodes:
+        if node in special:
+            found.append(special[node])
+        elif node.op == "call_function" and (row := lookup(node.target)) is not None:
+            found.append(_site(body, node, row))
+    return found
+
+
+def _site_without_flag(body: Body, node: fx.Node, row: ModeOp, training: bool, region: Region | None = None) -> Site:
+    return Site(node, body, row, module_path(node), training, False, False, False, region=region)
+
+
+def _without_dropout(body: Body) -> list[fx.Node]:
+    """The softmax of each MultiheadAttention that returns its weights and has, or had when exported, no dropout."""
+    found: dict[str, fx.Node] = {}
+    for node in body.graph.nodes:
+        if node.op == "call_function" and (kind := module_class(node)) is not None and issubclass(kind, _ATTENTION):
+            row = lookup(node.target)
+            if node.target in _SOFTMAX:
+                found[module_path(node)] = node
+            elif row is not None and row.family == "dropout":
+                found.pop(module_path(node), None)
+    return list(found.values())
 
 
 def graph_root(obj: Any) -> nn.Module:
@@ -153,8 +198,9 @@ def graph_root(obj: Any) -> nn.Module:
 def _site(body: Body, node: fx.Node, row: ModeOp) -> Site:
     kwargs = dict(node.kwargs)
     modeless = row.modeless or _without_stats(node, row)
-    training, bound = (None, False) if modeless else _mode(body, node, row)
-    site = Site(node, body, row, module_path(node), training, modeless, bound, note(node).get("mode") == HARD_CODED)
+    training, flag = (None, None) if modeless else _mode(body, node, row)
+    hard_coded, inverted = note(node).get("mode") == HARD_CODED, flag is not None and flag.target is operator.not_
+    site = Site(node, body, row, module_path(node), training, modeless, flag is not None, hard_coded, inverted)
     if row.stats and (stats := state_path(body, row.read(node.args, kwargs, row.stats[0]))):
         home = stats.rpartition(".")[0]
         # Bodies of regions that Dynamo retraced know no submodule of their nodes any more; statistics have a home.
@@ -217,25 +263,27 @@ def _reach(body: Body, node: fx.Node, path: str) -> Reach | None:
         body, node = body.parent, caller
 
 
-def _mode(body: Body, node: fx.Node, row: ModeOp) -> tuple[bool | None, bool]:
-    """The mode of a node, and whether it is read from a flag."""
+def _mode(body: Body, node: fx.Node, row: ModeOp) -> tuple[bool | None, fx.Node | None]:
+    """The mode of a node, and the value that it reads it from, if that is a flag."""
     kwargs = dict(node.kwargs)
     if row.flag is not None:
         value = row.read(node.args, kwargs, row.flag)
         if is_flag(value):
-            return _flag_value(body, value), True
+            return _flag_value(body, value), value
         # native_dropout's None means train; a computed flag is shown as no mode of its own
-        return (True if value is None else value if isinstance(value, bool) else None), False
+        return (True if value is None else value if isinstance(value, bool) else None), None
     if row.p is not None:
         value = row.read(node.args, kwargs, row.p)
         if isinstance(value, fx.Node):
             scaled = value.target is operator.mul and is_flag(value.args[0])
-            return (_flag_value(body, value.args[0]) if scaled else None), scaled
-        return value > 0, False
-    return not ("no_training" in row.overload.name() or "no_update" in row.overload.name()), False
+            return (_flag_value(body, value.args[0]), value.args[0]) if scaled else (None, None)  # type: ignore[return-value]
+        return value > 0, None
+    return not ("no_training" in str(row) or "no_update" in str(row)), None
 
 
 def _flag_value(body: Body, flag: Any) -> bool:
+    if flag.target is operator.not_:
+        return not _flag_value(body, flag.args[0])
     return bool(attribute(body.module, str(flag.target)))
 
 
@@ -244,32 +292,9 @@ def _without_stats(node: fx.Node, row: ModeOp) -> bool:
 
 
 def is_flag(value: Any) -> bool:
-    """Whether a value of a graph is the ``training`` of a module."""
-    return isinstance(value, fx.Node) and value.op == "get_attr" and str(value.target).split(".")[-1] == "training"
-
-
-def explain(obj: Any) -> str:
-    """A table of the sites of ``obj``: op, owner, mode, literals, and each switch that isn't possible, with the reason.
-
-    Takes what :func:`sites` takes and raises what it raises.
-    """
-    found = sites(obj)
-    if not found:
-        return "no mode-dependent sites"
-    rows = [("op", "owner", "mode", "held by", "literals", "limits")]
-    rows += [(str(s.op.overload), s.owner or "(root)", *_described(s)) for s in found]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    total = Counter(s.op.family for s in found)
-    lines.append(f"{len(found)} sites: " + ", ".join(f"{n} {family}" for family, n in sorted(total.items())))
-    return "\n".join(lines)
-
-
-def _described(site: Site) -> tuple[str, str, str, str]:
-    mode = {True: "train", False: "eval", None: "-"}[site.training]
-    held = "flag" if site.bound else "hard-coded" if site.hard_coded else "literal"
-    literals = ", ".join(f"{name}={value}" for name, value in site.literals.items())
-    limits = [f"not to {name}: {why}" for name, t in (("train", True), ("eval", False)) if (why := site.refusal(t))]
-    if site.modeless:
-        limits = ["the same computation in both modes"]
-    return mode, held, literals, "; ".join(limits)
+    """Whether a value of a graph is the ``training`` of a module, or its negation."""
+    if not isinstance(value, fx.Node):
+        return False
+    if value.target is operator.not_:
+        return is_flag(value.args[0])
+    return value.op == "get_attr" and str(value.target).split(".")[-1] == "training"

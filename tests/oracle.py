@@ -147,11 +147,11 @@ def literals(gm: nn.Module) -> list[dict[str, Any]]:
     """Every argument of every site, by schema name, without the mode and without the nodes."""
     result = []
     for site in sites(gm):
-        arguments = site.op.overload._schema.arguments
-        values = {a.name: site.read(a.name) for a in arguments}
+        arguments = site.op.arguments
+        values = {name: site.read(name) for name in arguments}
         values = {k: v for k, v in values.items() if not isinstance(v, fx.Node)}
         values.pop(site.op.flag, None)
         if site.op.p is not None:
             values[site.op.p] = site.p
-        result.append({"op": str(site.op.overload), **values})
+        result.append({"op": str(site.op), **values})
     return result

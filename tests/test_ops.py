@@ -44,7 +44,16 @@ def test_rows_of_this_torch_are_found_by_their_names():
 def test_every_row_can_be_switched_or_says_why_not():
     for op in TABLE.values():
         assert op.flag or op.p or op.refusal or op.modeless, op.overload
-        assert op.family in {"dropout", "batch_norm", "instance_norm", "rrelu", "rnn", "attention"}
+        assert op.family in {
+            "dropout",
+            "batch_norm",
+            "instance_norm",
+            "rrelu",
+            "rnn",
+            "attention",
+            "noise",
+            "spectral_norm",
+        }
 
 
 def test_a_second_row_for_an_overload_is_refused(monkeypatch):
