@@ -5,6 +5,7 @@ from compile_modes.errors import (
     BindError,
     CaptureError,
     CompileModesError,
+    ExportError,
     ModeWarning,
     OptionError,
     OverrideError,
@@ -15,6 +16,7 @@ from compile_modes.exported import (
     move_exported_model_to_eval,
     move_exported_model_to_train,
 )
+from compile_modes.exporting import export
 from compile_modes.listing import explain
 from compile_modes.rewrite import Report, set_mode
 from compile_modes.sites import Site, sites
@@ -23,6 +25,7 @@ __all__ = [
     "BindError",
     "CaptureError",
     "CompileModesError",
+    "ExportError",
     "ModeWarning",
     "OptionError",
     "OverrideError",
@@ -32,6 +35,7 @@ __all__ = [
     "bake",
     "bind",
     "explain",
+    "export",
     "model_is_exported",
     "move_exported_model_to_eval",
     "move_exported_model_to_train",

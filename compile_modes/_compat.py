@@ -203,6 +203,15 @@ def trace_pre_dispatch(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphMod
         torch.set_grad_enabled(grad_mode)  # a graph may end in another mode than it began in
 
 
+_RETURNS_INPUT = frozenset(
+    {
+        nn.functional.dropout, nn.functional.dropout1d, nn.functional.dropout2d, nn.functional.dropout3d,
+        nn.functional.alpha_dropout, nn.functional.feature_alpha_dropout, torch.dropout, torch.feature_dropout,
+        torch.alpha_dropout, torch.feature_alpha_dropout,
+    }
+)  # fmt: skip
+
+
 class _Checked(fx.Interpreter):
     """Runs a Dynamo graph again and compares with what Dynamo saw.
 
@@ -214,8 +223,21 @@ class _Checked(fx.Interpreter):
         if n.op == "output":
             for node in n.all_input_nodes:
                 self._compare(node, self.env[node], "requires_grad")
-        result = super().run_node(n)
+        given = next(iter(n.all_input_nodes), None) if n.target in _RETURNS_INPUT else None
+        result = super().run_node(n) if given is None or len(given.users) == 1 else self._run_on_alias(n, given)
         self._compare(n, result, "dtype")
+        return result
+
+    def _run_on_alias(self, n: fx.Node, given: fx.Node) -> Any:
+        """Runs a dropout on an alias of its input, which is used elsewhere too.
+
+        In eval it returns the tensor that it is given, and the tracer, which knows values by identity, would take later
+        uses of the input for uses of the result: wrong as soon as the dropout is put into train.
+        """
+        value = self.env[given]
+        self.env[given] = torch.ops.aten.alias.default(value)
+        result = super().run_node(n)
+        self.env[given] = value
         return result
 
     def _compare(self, node: fx.Node, now: Any, what: str) -> None:

@@ -10,7 +10,9 @@ from torch import fx, nn
 
 from compile_modes import _compat, counters, planning
 from compile_modes.bodies import Body, attribute, bodies, join, own
+from compile_modes.dual import DualModule
 from compile_modes.errors import BindError
+from compile_modes.flags import is_flag
 from compile_modes.folding import unfold
 from compile_modes.gates import GATES
 from compile_modes.rewrite import (
@@ -24,7 +26,7 @@ from compile_modes.rewrite import (
     set_argument,
     write_literal,
 )
-from compile_modes.sites import BOUND, HARD_CODED, KEPT, add_note, graph_root, is_flag, note, sites
+from compile_modes.sites import BOUND, HARD_CODED, KEPT, add_note, graph_root, note, sites
 
 _CELL = "_mode_cell"
 _M = TypeVar("_M", bound=nn.Module)
@@ -56,6 +58,8 @@ def bind(exported: Any, *, keep: Sequence[str] = (), dropout_p: Mapping[str, flo
     Warns:
         ModeWarning: some sites can't follow the flag, with the reason for each.
     """
+    if isinstance(getattr(exported, "_orig_mod", exported), DualModule):
+        return exported  # bound when it was made
     if isinstance(exported, torch.export.ExportedProgram) and exported.dialect == "ATEN":
         raise planning.decomposed("an ExportedProgram in the ATEN dialect")
     root = graph_root(exported)

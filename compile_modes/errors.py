@@ -29,6 +29,10 @@ class BindError(CompileModesError):
     """The object cannot be bound or baked; it is left as it was."""
 
 
+class ExportError(CompileModesError):
+    """A model cannot be exported in one of its modes, or its two exports cannot share their state."""
+
+
 class OptionError(CompileModesError):
     """A backend option, a mode or a pattern is not usable."""
 

@@ -8,6 +8,7 @@ from torch._ops import OpOverload
 
 from compile_modes import _compat
 from compile_modes.bodies import Body, bodies, module_path, state_path
+from compile_modes.dual import DualModule
 from compile_modes.ops import lookup
 from compile_modes.regions import samplers
 from compile_modes.sites import Site, graph_root, sites
@@ -21,7 +22,11 @@ def explain(obj: Any) -> str:
 
     Takes what :func:`sites` takes and raises what it raises.
     """
-    root = graph_root(obj)  # once: each call of a program's module() makes other nodes
+    module = getattr(obj, "_orig_mod", obj)
+    if isinstance(module, DualModule):
+        parts = [f"in {name} mode:\n{explain(module.program(name == 'train'))}" for name in ("train", "eval")]
+        return "\n\n".join([f"two programs, which differ in {module.difference}", *parts])
+    root = graph_root(module)  # once: each call of a program's module() makes other nodes
     found = sites(root)
     lines = _table(found) if found else ["no mode-dependent sites"]
     return "\n".join(lines + _remarks(root, found))

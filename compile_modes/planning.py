@@ -43,20 +43,21 @@ class Plan:
     inverted: set[Site] = field(default_factory=set)
 
 
-def plan_binding(root: nn.Module, keep: Sequence[str], dropout_p: Mapping[str, float] | None) -> Plan:
+def plan_binding(root: nn.Module, keep: Sequence[str], dropout_p: Mapping[str, float] | None = None) -> Plan:
     keep = (keep,) if isinstance(keep, str) else keep
     found = sites(root)
     for site in found:
         if site.op.decomposed:
             raise decomposed(str(site))
-    kept = _kept(found, keep)
+    masks = _unclear(root)
+    kept = _kept(found, keep, {module_path(mask) for mask in masks})
     modes, chosen, odd = _choose([site for site in found if site not in kept])
     supplied = _supplied(found, dropout_p)
     stuck = [(s, why) for s in chosen if s not in supplied and (why := s.refusal(not s.training))]
     bindable = [s for s in chosen if s in supplied or not s.refusal(not s.training)]
     _check_names(root, {site.owner for site in bindable})
     first = bool(modes) and not any(site.bound for site in found)
-    unclear = _unclear(root, keep) if any(modes.values()) else []
+    unclear = [m for m in masks if any(modes.values()) and not _matches_any(module_path(m), keep)]
     return Plan(first, any(modes.values()), modes, bindable, stuck, odd, kept, unclear, supplied)
 
 
@@ -68,23 +69,26 @@ def decomposed(where: str) -> BindError:
     )
 
 
-def _kept(found: list[Site], keep: Sequence[str]) -> set[Site]:
+def _kept(found: list[Site], keep: Sequence[str], other_owners: set[str]) -> set[Site]:
     if not isinstance(keep, Iterable):
         raise OptionError(f"{keep!r} is not a list of owner globs", where="keep", remedy='pass keep=["head.*"]')
-    owners = sorted({site.owner for site in found})
+    owners = sorted({site.owner for site in found} | other_owners)
     for pattern in keep:
         if not isinstance(pattern, str):
             raise OptionError(f"{pattern!r} is not an owner glob", where="keep", remedy='pass keep=["head.*"]')
         if not any(owner_matches(owner, pattern) for owner in owners):
             raise no_match(pattern, owners, "keep")
-    kept = {site for site in found if any(owner_matches(site.owner, pattern) for pattern in keep)}
+    kept = {site for site in found if _matches_any(site.owner, keep)}
     return {site for site in found if not site.bound and (site in kept or note(site.node).get("mode") == KEPT)}
 
 
-def _unclear(root: nn.Module, keep: Sequence[str]) -> list[fx.Node]:
+def _matches_any(owner: str, patterns: Sequence[str]) -> bool:
+    return any(owner_matches(owner, pattern) for pattern in patterns)
+
+
+def _unclear(root: nn.Module) -> list[fx.Node]:
     """Masks among other computations of their module: an eval export may lack them, or not."""
-    masks = [region for body in bodies(root) if not body.gated for region in regions(body) if not region.covers]
-    return [m.node for m in masks if not any(owner_matches(module_path(m.node), pattern) for pattern in keep)]
+    return [r.node for body in bodies(root) if not body.gated for r in regions(body) if not r.covers]
 
 
 def _supplied(found: list[Site], dropout_p: Any) -> dict[Site, float]:

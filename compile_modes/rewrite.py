@@ -17,7 +17,12 @@ from compile_modes.folding import fold
 from compile_modes.sites import Reach, Site, add_note, graph_root, sites
 
 MODES = {"train": True, "eval": False}
-_RELAYING = (operator.getitem, torch.ops.aten.transpose.int, torch.ops.aten.permute.default)
+_RELAYING = (
+    operator.getitem,
+    torch.ops.aten.transpose.int,
+    torch.ops.aten.permute.default,
+    torch.ops.aten.contiguous.default,
+)
 
 
 @dataclass(frozen=True)

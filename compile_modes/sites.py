@@ -21,7 +21,9 @@ from compile_modes.bodies import (
     module_path,
     state_path,
 )
+from compile_modes.dual import DualModule
 from compile_modes.errors import BindError
+from compile_modes.flags import mode_of, without_stats
 from compile_modes.ops import LOST_DROPOUT, LOST_ITERATION, STUCK_ITERATION, TABLE, ModeOp, lookup
 from compile_modes.regions import Region, iterations, regions
 
@@ -135,17 +137,25 @@ def sites(obj: Any) -> list[Site]:
     """The mode-dependent sites of an exported or captured program, in graph order.
 
     Args:
-        obj: an ExportedProgram, a GraphModule (exported, bound, captured or PT2E-prepared), an UnflattenedModule,
-            or an OptimizedModule around one of these.
+        obj: an ExportedProgram, a GraphModule (exported, bound, captured or PT2E-prepared), an UnflattenedModule, what
+            :func:`compile_modes.export` returns, or an OptimizedModule around one of these.
 
     Raises:
         BindError: ``obj`` holds no graph.
     """
-    root = graph_root(obj)
-    graphs = bodies(root)
-    found = [site for body in graphs for site in _sites_of(body)]
-    _attach_counters(root, graphs, found)
+    found = []
+    for root in graph_roots(obj):
+        graphs = bodies(root)
+        here = [site for body in graphs for site in _sites_of(body)]
+        _attach_counters(root, graphs, here)
+        found += here
     return found
+
+
+def graph_roots(obj: Any) -> list[nn.Module]:
+    """:func:`graph_root` of all programs that ``obj`` holds, train first."""
+    module = getattr(obj, "_orig_mod", obj)
+    return [module.program(True), module.program(False)] if isinstance(module, DualModule) else [graph_root(obj)]
 
 
 def _sites_of(body: Body) -> list[Site]:
@@ -166,7 +176,8 @@ def _sites_of(body: Body) -> list[Site]:
 
 
 def _site_without_flag(body: Body, node: fx.Node, row: ModeOp, training: bool, region: Region | None = None) -> Site:
-    return Site(node, body, row, module_path(node), training, False, False, False, region=region)
+    hard_coded = note(node).get("mode") == HARD_CODED
+    return Site(node, body, row, module_path(node), training, False, False, hard_coded, region=region)
 
 
 def _without_dropout(body: Body) -> list[fx.Node]:
@@ -189,6 +200,11 @@ def graph_root(obj: Any) -> nn.Module:
     module = getattr(obj, "_orig_mod", obj)
     if isinstance(module, fx.GraphModule | UnflattenedModule):
         return module
+    if isinstance(module, DualModule):
+        raise BindError(
+            "the module holds two programs, one for each mode",
+            remedy="use module.program(True) or module.program(False)",
+        )
     raise BindError(
         f"{type(module).__name__} has no graph of ATen ops",
         remedy="export it first: torch.export.export(model, args); an eager module needs no binding",
@@ -197,8 +213,8 @@ def graph_root(obj: Any) -> nn.Module:
 
 def _site(body: Body, node: fx.Node, row: ModeOp) -> Site:
     kwargs = dict(node.kwargs)
-    modeless = row.modeless or _without_stats(node, row)
-    training, flag = (None, None) if modeless else _mode(body, node, row)
+    modeless = row.modeless or without_stats(node, row)
+    training, flag = (None, None) if modeless else mode_of(body, node, row)
     hard_coded, inverted = note(node).get("mode") == HARD_CODED, flag is not None and flag.target is operator.not_
     site = Site(node, body, row, module_path(node), training, modeless, flag is not None, hard_coded, inverted)
     if row.stats and (stats := state_path(body, row.read(node.args, kwargs, row.stats[0]))):
@@ -261,40 +277,3 @@ def _reach(body: Body, node: fx.Node, path: str) -> Reach | None:
         if body.parent is None or caller is None or not body.always:
             return None
         body, node = body.parent, caller
-
-
-def _mode(body: Body, node: fx.Node, row: ModeOp) -> tuple[bool | None, fx.Node | None]:
-    """The mode of a node, and the value that it reads it from, if that is a flag."""
-    kwargs = dict(node.kwargs)
-    if row.flag is not None:
-        value = row.read(node.args, kwargs, row.flag)
-        if is_flag(value):
-            return _flag_value(body, value), value
-        # native_dropout's None means train; a computed flag is shown as no mode of its own
-        return (True if value is None else value if isinstance(value, bool) else None), None
-    if row.p is not None:
-        value = row.read(node.args, kwargs, row.p)
-        if isinstance(value, fx.Node):
-            scaled = value.target is operator.mul and is_flag(value.args[0])
-            return (_flag_value(body, value.args[0]), value.args[0]) if scaled else (None, None)  # type: ignore[return-value]
-        return value > 0, None
-    return not ("no_training" in str(row) or "no_update" in str(row)), None
-
-
-def _flag_value(body: Body, flag: Any) -> bool:
-    if flag.target is operator.not_:
-        return not _flag_value(body, flag.args[0])
-    return bool(attribute(body.module, str(flag.target)))
-
-
-def _without_stats(node: fx.Node, row: ModeOp) -> bool:
-    return bool(row.stats) and all(row.read(node.args, dict(node.kwargs), name) is None for name in row.stats)
-
-
-def is_flag(value: Any) -> bool:
-    """Whether a value of a graph is the ``training`` of a module, or its negation."""
-    if not isinstance(value, fx.Node):
-        return False
-    if value.target is operator.not_:
-        return is_flag(value.args[0])
-    return value.op == "get_attr" and str(value.target).split(".")[-1] == "training"

@@ -170,3 +170,108 @@ class HardCoded(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.dropout(self.fc(x), 0.1, self.training)
         return F.dropout(F.dropout(x, 0.2, self.training), 0.3)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth as timm (``style="bernoulli"``) and transformers (``style="floor"``) write it."""
+
+    def __init__(self, p: float, style: str = "bernoulli") -> None:
+        super().__init__()
+        self.p, self.style = p, style
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return x
+        keep, shape = 1 - self.p, (x.shape[0],) + (1,) * (x.ndim - 1)
+        if self.style == "bernoulli":
+            return x * x.new_empty(shape).bernoulli_(keep).div_(keep)
+        mask = keep + torch.rand(shape, dtype=x.dtype)
+        mask.floor_()
+        return x.div(keep) * mask
+
+
+class DropBlock(nn.Module):
+    """A mask made under no_grad, where export moves the random numbers into a region of their own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return x
+        with torch.no_grad():
+            keep = 1 - F.max_pool2d(torch.empty(x.shape[0], 1, *x.shape[2:]).bernoulli_(0.1), 3, 1, 1)
+            keep = keep * (keep.numel() / (keep.sum() + 1e-7))
+        return x * keep
+
+
+class Residual(nn.Module):
+    """A random mask on each branch, between parts with flags."""
+
+    def __init__(self, *drops: nn.Module) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in drops)
+        self.drops = nn.ModuleList(drops)
+        self.bn = nn.BatchNorm2d(3, eps=1e-3, momentum=0.03)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for conv, drop in zip(self.convs, self.drops, strict=True):
+            x = x + drop(conv(x))
+        return self.bn(x)
+
+
+class Sampler(nn.Module):
+    """Draws random numbers in both modes, as a variational autoencoder does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 8)
+        self.drop = nn.Dropout(0.2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean, log = self.fc(x).chunk(2, -1)
+        return self.drop(mean + torch.randn_like(mean) * log.exp())
+
+
+class MixedMask(nn.Module):
+    """A mask among other computations of its module: from one export, nobody can tell what it depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.drop = nn.Dropout(0.2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.fc(x)
+        if self.training:
+            x = x * torch.empty(len(x), 1).bernoulli_(0.5)
+        return self.drop(x.relu())
+
+
+class EveryFlag(nn.Module):
+    """One owner with flags that follow its mode, don't, and are inverted; a mask and a dropout only train has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.dropout(self.fc(x), 0.1, self.training)
+        x = F.dropout(x, 0.2)
+        x = F.dropout(F.dropout(x, 0.3, False), 0.15, not self.training)
+        if self.training:
+            x = F.dropout(x, 0.25) * torch.empty(len(x), 1).bernoulli_(0.5)
+        q = x[None, None]
+        return F.scaled_dot_product_attention(q, q, q, dropout_p=0.0 if self.training else 0.3)[0, 0]
+
+
+class Auxiliary(nn.Module):
+    """Another structure of outputs in train, state of the root's own, and a dropout of the root."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = ConvNet()
+        self.aux = nn.Sequential(nn.Linear(5, 3), nn.Dropout(0.2))
+        self.scale = nn.Parameter(torch.ones(5))
+        self.register_buffer("shift", torch.ones(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        y = F.dropout(self.net(x) * self.scale + self.shift, 0.1, self.training)
+        return (y, self.aux(y)) if self.training else y

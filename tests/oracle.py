@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from compile_modes.bodies import Body, bodies, state_path
 from compile_modes.sites import sites
@@ -94,14 +95,14 @@ def _rng_after(reference: Any, call: Any, inputs: Sequence[torch.Tensor], seed: 
 
 
 def _loss(output: Any) -> torch.Tensor:
-    tensors = [output] if isinstance(output, torch.Tensor) else [t for t in output if isinstance(t, torch.Tensor)]
+    tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
     return sum((t.float().square().mean() for t in tensors), torch.zeros(()))
 
 
 def _same(what: str, a: Any, b: Any, tolerance: float) -> None:
     if not isinstance(a, torch.Tensor):
         assert type(a) is type(b), what
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+        for i, (x, y) in enumerate(zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True)):
             _same(f"{what}[{i}]", x, y, tolerance)
         return
     torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance, msg=lambda m: f"{what}: {m}")

@@ -107,6 +107,25 @@ class TestWithoutInductor:
             torch.testing.assert_close(compiled(IMAGE), expected)
             same_state(reference, module)
 
+    @pytest.mark.parametrize("kind", ["dropout", "alpha_dropout", "feature_alpha_dropout"])
+    def test_the_input_of_a_dropout_that_is_woken_stays_what_it_is(self, kind):
+        class Residual(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.fc = nn.Linear(4, 4)
+
+            def forward(self, x):
+                y = self.fc(x)
+                dropped = getattr(torch.nn.functional, kind)(y, 0.4, self.training)
+                return dropped * 2 + y  # in eval, both are one tensor
+
+        model, x = Residual().eval(), torch.randn(5, 4)
+        compiled = compile_(model, training=True)
+        torch.manual_seed(0)
+        output = compiled(x)
+        torch.manual_seed(0)
+        torch.testing.assert_close(output, model.train()(x))
+
     def test_a_forced_counter_belongs_to_its_own_instance(self):
         models = [ConvNet().eval() for _ in range(2)]
         first, second = (compile_(m, training=True) for m in models)

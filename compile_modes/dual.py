@@ -1,0 +1,110 @@
+"""Two programs of one model, for what flags can't express: its ``forward`` runs the one for ``self.training``."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from compile_modes.errors import ExportError
+
+
+class DualModule(nn.Module):
+    """The train and the eval program of one model, with one set of submodules, parameters and buffers.
+
+    ``train()`` and ``eval()`` choose the program, and set the flags that its sites read, as in any nn.Module. The mode
+    of a submodule decides the sites that it owns in either program; what Python decided on export (which layers run,
+    what is returned) follows the mode of the root.
+
+    Attributes:
+        difference: what the programs differ in besides modes.
+    """
+
+    difference: str
+    _programs: dict[bool, fx.GraphModule]
+
+    def __init__(self, train: fx.GraphModule, evaluation: fx.GraphModule, difference: str) -> None:
+        """Takes two bound programs over, the second after :func:`share` and binding."""
+        super().__init__()
+        self.difference = difference
+        self._programs = {True: train, False: evaluation}
+        for program in (train, evaluation):
+            self._modules.update({n: m for n, m in program._modules.items() if m is not None and not _private(n, m)})
+            self._parameters.update(program._parameters)
+            self._buffers.update(program._buffers)
+            self._non_persistent_buffers_set.update(program._non_persistent_buffers_set)
+        self._link()
+        self.training = train.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the program of the present mode on the inputs that the model was exported with."""
+        return self._programs[self.training](*args, **kwargs)
+
+    def program(self, training: bool) -> fx.GraphModule:
+        """The bound program of a mode; its submodules, parameters and buffers are this module's own."""
+        return self._programs[training]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "training":  # which is the mode of the sites that the root owns
+            for program in self.__dict__.get("_programs", {}).values():
+                program.training = value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DualModule":
+        copied: DualModule = nn.Module.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        copied._link()
+        return copied
+
+    def _link(self) -> None:
+        """Lets the programs have this module's submodules and state, also when those are replaced later."""
+        for program in self._programs.values():
+            constants = {name: t for name, t in program._buffers.items() if name not in self._buffers}
+            program.__dict__.update(constants)  # GraphModule's deepcopy makes buffers of them
+            program._modules.update(self._modules)
+            program._parameters, program._buffers = self._parameters, self._buffers
+            program._non_persistent_buffers_set = self._non_persistent_buffers_set
+
+
+def share(train: nn.Module, evaluation: nn.Module) -> None:
+    """Makes the submodules of one program those of the other, in place; each keeps what only it runs."""
+    for name in sorted({*train._modules, *evaluation._modules}):
+        one, other = train._modules.get(name), evaluation._modules.get(name)
+        if any(m is not None and _private(name, m) for m in (one, other)):
+            continue
+        if one is None or other is None:
+            train._modules[name] = evaluation._modules[name] = one or other
+        elif one is not other:
+            _merge(one, other)
+            share(one, other)
+            evaluation._modules[name] = one
+
+
+def _merge(one: nn.Module, other: nn.Module) -> None:
+    """Gives a submodule what only the other program's has: parameters, buffers, constants."""
+    for name, parameter in other._parameters.items():
+        one._parameters.setdefault(name, parameter)
+    for name, buffer in other._buffers.items():
+        if name not in one._buffers:
+            one.register_buffer(name, buffer, persistent=name not in other._non_persistent_buffers_set)
+    for name, constant in _constants(other):
+        present = getattr(one, name, constant)
+        if not isinstance(present, torch.Tensor) or not torch.equal(present, constant):
+            raise ExportError(
+                f"the tensor {name!r} of a submodule differs between train and eval",
+                remedy="register it as a buffer, or compute it in forward",
+            )
+        setattr(one, name, constant)
+
+
+def _constants(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, value in vars(module).items():
+        if isinstance(value, torch.Tensor):
+            yield name, value
+
+
+def _private(name: str, module: nn.Module) -> bool:
+    """Whether a child of a program is a part of its graph: the body of a region, or the check of its inputs."""
+    return isinstance(module, fx.GraphModule) or name == "_guards_fn"

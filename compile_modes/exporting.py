@@ -1,0 +1,133 @@
+"""``export``: both modes of an eager model, in one graph with flags where that is exact, in two graphs otherwise."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from compile_modes.binding import carry_out
+from compile_modes.bodies import own
+from compile_modes.dual import DualModule, share
+from compile_modes.errors import ExportError
+from compile_modes.folding import fold
+from compile_modes.pairing import Pairing, pair
+from compile_modes.planning import Plan, plan_binding
+from compile_modes.sites import HARD_CODED, Site, add_note, sites
+
+Flags = dict[str, bool]
+
+
+def export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, *, dynamic_shapes: Any = None
+) -> nn.Module:
+    """Exports both modes of an eager model into one module whose ``train()`` and ``eval()`` are exact.
+
+    The model is exported twice (non-strict), once in each mode, and the sites of the two programs are paired. That
+    tells flags that follow ``training`` from those that are written into the model or inverted, and finds random masks.
+    Where the programs differ in flags only, the result is one bound GraphModule. Otherwise (auxiliary outputs,
+    skipped layers, probabilities that depend on mode) it holds both programs and runs the one of its own mode.
+
+    Args:
+        model: the eager module. Parameters and buffers are shared with the result, not copied. Its modes stay as they
+            are, and the result starts with them, submodule by submodule.
+        args, kwargs, dynamic_shapes: as for ``torch.export.export``.
+
+    Returns:
+        A module with the submodules, ``state_dict`` and modes of ``model``.
+
+    Raises:
+        ExportError: one of the exports fails; its cause is the exception's ``__cause__``.
+    """
+    if not isinstance(model, nn.Module) or isinstance(model, torch.fx.GraphModule):
+        raise ExportError(
+            f"{type(model).__name__} is not an eager module",
+            remedy="pass the model itself; bind() gives modes to a program that was exported already",
+        )
+    flags = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    programs = {}
+    try:
+        for training in (False, True):
+            model.train(training)
+            programs[training] = _export(model, training, args, kwargs, dynamic_shapes)
+    finally:
+        for name, module in modules.items():
+            module.training = flags[name]
+    return assemble(programs[True], programs[False], flags)
+
+
+def _export(model: nn.Module, training: bool, args: Any, kwargs: Any, dynamic_shapes: Any) -> Any:
+    try:
+        kwargs = dict(kwargs) if kwargs is not None else None
+        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+    except Exception as error:  # whatever the model, or export on its account, raises
+        first_line = (str(error).splitlines() or [""])[0]
+        raise ExportError(
+            f"the {'train' if training else 'eval'} export failed: {type(error).__name__}: {first_line}",
+            where=type(model).__name__,
+            remedy=f"make torch.export.export(model.{'train' if training else 'eval'}(), args) work",
+        ) from error
+
+
+def assemble(train: torch.export.ExportedProgram, evaluation: torch.export.ExportedProgram, flags: Flags) -> nn.Module:
+    """The module of both modes, from its two exports; ``flags`` are the modes it starts with, by submodule."""
+    roots = train.module(), evaluation.module()
+    for root in roots:
+        own(root)
+    found = pair(*roots)
+    module = _dual(*roots, found.difference) if found.difference else _single(roots[0], found)
+    for name, flag in flags.items():
+        try:
+            module.get_submodule(name).training = flag
+        except AttributeError:  # owns nothing that depends on mode, and holds no state
+            continue
+    return module
+
+
+def _single(root: nn.Module, found: Pairing) -> nn.Module:
+    """Binds the train program as the pairing says."""
+    calls = [fold(region, body) for region, body in found.left_out]
+    by_node = {site.node: site for site in sites(root)}
+    bindable = [by_node[node] for node in (*found.bound, *found.inverted, *calls)]
+    odd = [by_node[node] for node in found.fixed]
+    odd += [site for site in by_node.values() if site.region is not None]  # a mask that eval has as well
+    carry_out(_plan(bindable, odd, {by_node[node]: p for node, p in found.inverted.items()}), root)
+    return root
+
+
+def _plan(bindable: list[Site], odd: list[Site], inverted: Mapping[Site, float | None]) -> Plan:
+    modes = {site.owner: True for site in bindable}
+    supplied = {site: p for site, p in inverted.items() if p is not None}
+    return Plan(True, True, modes, bindable, [], odd, set(), [], supplied, set(inverted))
+
+
+def _dual(train: Any, evaluation: Any, difference: str) -> DualModule:
+    """Binds both programs to the same flags."""
+    lost = _compare_by_owner(train, evaluation)
+    carry_out(plan_binding(train, ()), train)
+    share(train, evaluation)
+    plan = plan_binding(evaluation, (), lost)
+    carry_out(plan, evaluation)
+    return DualModule(train, evaluation, difference)
+
+
+def _compare_by_owner(train: nn.Module, evaluation: nn.Module) -> dict[str, float]:
+    """What programs that can't be paired say of each other, site by site within an owner that has the same in both.
+
+    Notes hard-coded flags; returns the attention dropout that the eval program has lost.
+    """
+    lost: dict[str, float] = {}
+    grouped: list[dict[tuple[str, str], list[Site]]] = [{}, {}]
+    for groups, root in zip(grouped, (train, evaluation), strict=True):
+        for site in sites(root):
+            groups.setdefault((site.owner, site.op.family), []).append(site)
+    for key, ours in grouped[0].items():
+        theirs: Sequence[Site] = grouped[1].get(key, ())
+        for a, b in zip(ours, theirs, strict=False) if len(ours) == len(theirs) else ():
+            if a.op.flag is not None and a.training is b.training is not None:
+                add_note(a.node, mode=HARD_CODED)
+                add_note(b.node, mode=HARD_CODED)
+            elif a.op.family == "attention" and a.p and not b.p:
+                lost[a.owner] = a.p
+    return lost
