@@ -19,6 +19,7 @@ from typing import Any
 from torch._ops import OpOverload
 
 from compile_modes._compat import aten_overload
+from compile_modes.cumulative import CUMULATIVE_BATCH_NORM
 
 STATS = ("running_mean", "running_var")
 
@@ -38,7 +39,7 @@ class ModeOp:
         flag: name of the boolean argument that is the mode; None if there is none.
         p: name of the probability argument. Without a flag it is the mode itself: 0 in eval, positive in train.
         stats: names of the running statistics; None operands there mean batch statistics in both modes.
-        counter: whether eager advances the owner's ``num_batches_tracked`` beside this op in train.
+        counter: whether eager advances the owner's ``num_batches_tracked`` beside this op, not in it, in train.
         shown: further literals worth showing (momentum, eps).
         modeless: the op computes the same in both modes, whatever its flag says.
         decomposed: the op appears in decomposed programs only.
@@ -195,8 +196,14 @@ def _backward_rows() -> Rows:
         yield name, {"family": "attention", "p": "dropout_p", "refusal": _BACKWARD}
 
 
+def _own_rows() -> Iterator[ModeOp]:
+    """Rows of this package's own operators."""
+    # No counter: the operator advances its num_batches_tracked itself, so no step may stand beside it.
+    yield ModeOp(CUMULATIVE_BATCH_NORM, "batch_norm", flag="training", stats=STATS, shown=("eps",))
+
+
 def _build() -> dict[OpOverload, ModeOp]:
-    table: dict[OpOverload, ModeOp] = {}
+    table = {row.overload: row for row in _own_rows()}
     for name, columns in _rows():
         overload = aten_overload(name)
         if overload is None:  # not in this torch: private kernels come and go between releases
