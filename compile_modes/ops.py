@@ -26,6 +26,7 @@ STATS = ("running_mean", "running_var")
 _KERNEL = "a kernel below training IR: its extra inputs and outputs depend on the mode"
 _BACKWARD = "a backward kernel: it follows from the forward when autograd is derived"
 _DECOMPOSED = "decomposed: the mode is spread over several nodes; bind the program before run_decompositions()"
+_FUSED = "a fused kernel of inference, to which torch's attention goes in eval without gradients: its dropout is lost"
 _QUANTIZED = "a quantized RNN runs inference only"
 
 
@@ -43,6 +44,7 @@ class ModeOp:
         shown: further literals worth showing (momentum, eps).
         modeless: the op computes the same in both modes, whatever its flag says.
         decomposed: the op appears in decomposed programs only.
+        inference: eager reaches the op in eval only, and another program in train.
         refusal: why the op is never switched; empty if it can be.
     """
 
@@ -55,6 +57,7 @@ class ModeOp:
     shown: tuple[str, ...] = ()
     modeless: bool = False
     decomposed: bool = False
+    inference: bool = False
     refusal: str = ""
     _index: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
 
@@ -169,6 +172,9 @@ def _attention_rows() -> Rows:
         yield name, attention
     for name in ("_fused_sdp_choice", "_fill_mem_eff_dropout_mask_", "_flash_attention_forward_no_dropout_inplace"):
         yield name, {**attention, "refusal": _KERNEL}
+    for name in ("_transformer_encoder_layer_fwd", "_native_multi_head_attention", "_triton_multi_head_attention"):
+        yield name, {"family": "attention", "inference": True, "refusal": _FUSED}
+        yield name + ".out", {"family": "attention", "inference": True, "refusal": _FUSED}
 
 
 def _backward_rows() -> Rows:

@@ -232,6 +232,8 @@ def _mode(body: Body, node: fx.Node, row: ModeOp) -> tuple[bool | None, bool]:
             scaled = value.target is operator.mul and is_flag(value.args[0])
             return (_flag_value(body, value.args[0]) if scaled else None), scaled
         return value > 0, False
+    if row.inference:
+        return False, False
     return not ("no_training" in row.overload.name() or "no_update" in row.overload.name()), False
 
 
