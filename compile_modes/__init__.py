@@ -1,6 +1,7 @@
 """train/eval mode in compiled and exported PyTorch models."""
 
 from compile_modes.binding import bake, bind
+from compile_modes.cumulative import exportable
 from compile_modes.errors import (
     BindError,
     CaptureError,
@@ -36,6 +37,7 @@ __all__ = [
     "bind",
     "explain",
     "export",
+    "exportable",
     "model_is_exported",
     "move_exported_model_to_eval",
     "move_exported_model_to_train",

@@ -24,6 +24,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 # Base of BatchNorm1d to 3d, SyncBatchNorm and the lazy ones: the modules whose forward advances num_batches_tracked.
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
+# F.batch_norm's check in train: raises ValueError for a batch with one value per channel, which has no variance.
+check_batch_size: Callable[[Sequence[int]], None] = nn.functional._verify_batch_size  # type: ignore[attr-defined]
+
 # Raised through backends on purpose: Dynamo answers them by another attempt or by leaving the frame alone.
 CONTROL_FLOW = (RestartAnalysis, SkipFrame)
 

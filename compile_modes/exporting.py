@@ -8,6 +8,7 @@ from torch import nn
 
 from compile_modes.binding import carry_out
 from compile_modes.bodies import own
+from compile_modes.cumulative import exportable
 from compile_modes.dual import DualModule, share
 from compile_modes.errors import ExportError
 from compile_modes.folding import fold
@@ -50,7 +51,8 @@ def export(
     try:
         for training in (False, True):
             model.train(training)
-            programs[training] = _export(model, training, args, kwargs, dynamic_shapes)
+            with exportable(model):
+                programs[training] = _export(model, training, args, kwargs, dynamic_shapes)
     finally:
         for name, module in modules.items():
             module.training = flags[name]

@@ -23,6 +23,7 @@ from torch._ops import OpOverload
 
 from compile_modes import gates
 from compile_modes._compat import aten_overload, draws_random_numbers
+from compile_modes.cumulative import CUMULATIVE_BATCH_NORM
 
 STATS = ("running_mean", "running_var")
 
@@ -34,6 +35,7 @@ _LOST_DROPOUT = (
 )
 _LOST_ITERATION = "spectral norm's power iteration is not in an eval export"
 _STUCK_ITERATION = "spectral norm's power iteration is not in a no_grad region of its own here, and can't be taken out"
+_FUSED = "a fused kernel of inference, to which torch's attention goes in eval without gradients: its dropout is lost"
 _QUANTIZED = "a quantized RNN runs inference only"
 
 
@@ -47,10 +49,11 @@ class ModeOp:
         flag: name of the boolean argument that is the mode; None if there is none.
         p: name of the probability argument. Without a flag it is the mode itself: 0 in eval, positive in train.
         stats: names of the running statistics; None operands there mean batch statistics in both modes.
-        counter: whether eager advances the owner's ``num_batches_tracked`` beside this op in train.
+        counter: whether eager advances the owner's ``num_batches_tracked`` beside this op, not in it, in train.
         shown: further literals worth showing (momentum, eps).
         modeless: the op computes the same in both modes, whatever its flag says.
         decomposed: the op appears in decomposed programs only.
+        inference: eager reaches the op in eval only, and another program in train.
         refusal: why the op is never switched; empty if it can be.
     """
 
@@ -63,6 +66,7 @@ class ModeOp:
     shown: tuple[str, ...] = ()
     modeless: bool = False
     decomposed: bool = False
+    inference: bool = False
     refusal: str = ""
     arguments: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
@@ -183,6 +187,9 @@ def _attention_rows() -> Rows:
         yield name, attention
     for name in ("_fused_sdp_choice", "_fill_mem_eff_dropout_mask_", "_flash_attention_forward_no_dropout_inplace"):
         yield name, {**attention, "refusal": _KERNEL}
+    for name in ("_transformer_encoder_layer_fwd", "_native_multi_head_attention", "_triton_multi_head_attention"):
+        yield name, {"family": "attention", "inference": True, "refusal": _FUSED}
+        yield name + ".out", {"family": "attention", "inference": True, "refusal": _FUSED}
 
 
 def _backward_rows() -> Rows:
@@ -210,8 +217,16 @@ def _backward_rows() -> Rows:
         yield name, {"family": "attention", "p": "dropout_p", "refusal": _BACKWARD}
 
 
-def _build() -> dict[OpOverload, ModeOp]:
-    table: dict[OpOverload, ModeOp] = {}
+def _own_rows() -> Iterator[ModeOp]:
+    """Rows of this package's own operators and functions."""
+    # No counter: the operator advances its num_batches_tracked itself, so no step may stand beside it.
+    yield ModeOp(CUMULATIVE_BATCH_NORM, "batch_norm", flag="training", stats=STATS, shown=("eps",))
+    yield ModeOp(gates.noise, "noise", flag="training")
+    yield ModeOp(gates.power_iteration, "spectral_norm", flag="training")
+
+
+def _build() -> dict[Any, ModeOp]:
+    table: dict[Any, ModeOp] = {row.overload: row for row in _own_rows()}
     for name, columns in _rows():
         overload = aten_overload(name)
         if overload is None:  # not in this torch: private kernels come and go between releases
@@ -222,12 +237,7 @@ def _build() -> dict[OpOverload, ModeOp]:
     return table
 
 
-TABLE: dict[Any, ModeOp] = {
-    **_build(),
-    gates.noise: ModeOp(gates.noise, "noise", flag="training"),
-    gates.power_iteration: ModeOp(gates.power_iteration, "spectral_norm", flag="training"),
-}
-
+TABLE = _build()
 
 # What a graph says of a mode by lacking something. No rows: the ops themselves mean the same in both modes.
 LOST_DROPOUT = ModeOp(torch.ops.aten.softmax.int, "attention", refusal=_LOST_DROPOUT)

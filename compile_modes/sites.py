@@ -113,7 +113,7 @@ class Site:
         if self.op.flag is None and not self.p:
             return f"{self.op.p} is 0: the op had none, or it was traced in eval mode and its p is lost"
         if self.op.counter and self.read(self.op.shown[0]) == 0:
-            return "momentum 0.0 in an eval graph: momentum=None (a cumulative average) looks the same"
+            return "momentum 0.0 in an eval graph: a cumulative average looks the same; export under exportable(model)"
         if self.counter and self.step is None and self.counter_at is None:
             return f"{self.counter} is out of the graph's reach, so train could not advance it"
         return ""

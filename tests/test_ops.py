@@ -11,8 +11,9 @@ MODE_IN_NAME = ("no_training", "batch_norm_with_update", "batch_norm_no_update",
 
 def schemas():
     for schema in torch._C._jit_get_all_schemas():
-        if schema.name.startswith("aten::"):
-            packet = getattr(torch.ops.aten, schema.name[6:], None)
+        namespace, _, name = schema.name.partition("::")
+        if namespace in ("aten", "compile_modes"):
+            packet = getattr(getattr(torch.ops, namespace), name, None)
             overload = getattr(packet, schema.overload_name or "default", None)
             if overload is not None:
                 yield overload
@@ -54,6 +55,12 @@ def test_every_row_can_be_switched_or_says_why_not():
             "noise",
             "spectral_norm",
         }
+
+
+def test_the_cumulative_batch_norm_counts_itself():
+    row = lookup(torch.ops.compile_modes.cumulative_batch_norm.default)
+    assert (row.family, row.flag, row.stats) == ("batch_norm", "training", ops.STATS)
+    assert not row.counter  # bind would put a second step of num_batches_tracked beside it
 
 
 def test_a_second_row_for_an_overload_is_refused(monkeypatch):
