@@ -2,6 +2,7 @@
 
 from compile_modes.binding import bake, bind
 from compile_modes.errors import (
+    ArchiveError,
     BindError,
     CaptureError,
     CompileModesError,
@@ -19,6 +20,7 @@ from compile_modes.rewrite import Report, set_mode
 from compile_modes.sites import Site, explain, sites
 
 __all__ = [
+    "ArchiveError",
     "BindError",
     "CaptureError",
     "CompileModesError",

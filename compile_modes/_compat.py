@@ -4,6 +4,8 @@ Checked on torch 2.11.0, 2.13.0, 2.14.1 and 2.15.0. When torch moves one of thes
 """
 
 import contextlib
+import copy
+import json
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,9 +18,13 @@ from torch._dynamo.exc import ShortenTraceback as ShortenTraceback
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.utils import counters
+from torch._export.serde import serialize as serde
+from torch._export.serde.schema import ExportedProgram as ProgramSchema
+from torch._export.serde.schema import PayloadConfig
+from torch._export.serde.schema import PayloadMeta as PayloadMeta
 from torch._guards import Source
 from torch._ops import HigherOrderOperator, OpOverload
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 # Base of BatchNorm1d to 3d, SyncBatchNorm and the lazy ones: the modules whose forward advances num_batches_tracked.
@@ -242,3 +248,39 @@ def reset_inductor() -> None:
     """What ``torch.compiler.reset`` does for Inductor: forgets recorded CUDA graphs."""
     mode = "reduce-overhead" if torch.cuda.is_available() else None
     torch._TorchCompileInductorWrapper(mode, None, None).reset()
+
+
+# From here on: what torch's .pt2 archives consist of.
+script_object_to_bytes, script_object_from_bytes = torch._C._pickle_save, torch._C._pickle_load_obj
+serialize_tensor_meta = serde.serialize_tensor_meta
+
+
+def payloads_to_json(payloads: dict[str, PayloadMeta]) -> bytes:
+    """What describes one program's weights, or constants, beside the payloads that hold their bytes."""
+    return json.dumps(serde._dataclass_to_dict(PayloadConfig(config=payloads))).encode()
+
+
+def payloads_from_json(text: bytes) -> dict[str, PayloadMeta]:
+    """The reverse of :func:`payloads_to_json`."""
+    return dict(serde._dict_to_dataclass(PayloadConfig, json.loads(text)).config)
+
+
+def payload_place(payload: PayloadMeta) -> tuple[torch.dtype, torch.device, tuple[int, ...], tuple[int, ...], int]:
+    """Dtype, device, sizes, strides and storage offset of a tensor."""
+    meta: Any = payload.tensor_meta
+    sizes, strides = serde.deserialize_size(meta.sizes), serde.deserialize_stride(meta.strides)
+    offset = serde.deserialize_storage_offset(meta.storage_offset)
+    return serde.deserialize_scalar_type(meta.dtype), serde.deserialize_device(meta.device), sizes, strides, offset
+
+
+def program_to_bytes(program: torch.export.ExportedProgram, *stand_ins: dict[str, Any]) -> tuple[bytes, bytes]:
+    """A program as JSON, and its example inputs, pickled; torch 2.11 pickles state and constants in vain as well."""
+    program = copy.copy(program)
+    program._state_dict, program._constants = stand_ins
+    artifact = serde.serialize(program)
+    return artifact.exported_program, artifact.example_inputs
+
+
+def program_from_bytes(text: bytes, *held: Any) -> torch.export.ExportedProgram:
+    """The program of :func:`program_to_bytes` around the very state, constants and example inputs given."""
+    return serde.ExportedProgramDeserializer().deserialize(serde._bytes_to_dataclass(ProgramSchema, text), *held)
