@@ -9,7 +9,7 @@ PACKAGE = Path(compile_modes.__file__).parent
 # Each file imports only from files to its left.
 ORDER = [
     "_compat", "errors", "ops", "counters", "bodies", "sites", "rewrite", "planning", "binding", "capture", "backend",
-    "exported", "container", "demo", "__init__", "__main__",
+    "exported", "container", "storages", "loader", "archive", "demo", "__init__", "__main__",
 ]  # fmt: skip
 
 
