@@ -3,6 +3,7 @@
 from compile_modes.binding import bake, bind
 from compile_modes.cumulative import exportable
 from compile_modes.errors import (
+    ArchiveError,
     BindError,
     CaptureError,
     CompileModesError,
@@ -20,9 +21,11 @@ from compile_modes.exported import (
 from compile_modes.exporting import export
 from compile_modes.listing import explain
 from compile_modes.rewrite import Report, set_mode
+from compile_modes.saving import load, save
 from compile_modes.sites import Site, sites
 
 __all__ = [
+    "ArchiveError",
     "BindError",
     "CaptureError",
     "CompileModesError",
@@ -38,9 +41,11 @@ __all__ = [
     "explain",
     "export",
     "exportable",
+    "load",
     "model_is_exported",
     "move_exported_model_to_eval",
     "move_exported_model_to_train",
+    "save",
     "set_mode",
     "sites",
 ]

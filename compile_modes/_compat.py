@@ -3,7 +3,8 @@
 Checked on torch 2.11.0, 2.13.0, 2.14.1 and 2.15.0. When torch moves one of these, this file is the one to change.
 """
 
-import contextlib
+import copy
+import json
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,10 +17,13 @@ from torch._dynamo.exc import ShortenTraceback as ShortenTraceback
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.utils import counters
+from torch._export.serde import serialize as serde
+from torch._export.serde.schema import ExportedProgram as ProgramSchema
+from torch._export.serde.schema import PayloadConfig
+from torch._export.serde.schema import PayloadMeta as PayloadMeta
 from torch._guards import Source
 from torch._ops import HigherOrderOperator, OpOverload
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 
 # Base of BatchNorm1d to 3d, SyncBatchNorm and the lazy ones: the modules whose forward advances num_batches_tracked.
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
@@ -189,67 +193,6 @@ def _same_layout(fake: torch.Tensor, given: torch.Tensor) -> bool:
     return all(a == b for a, b in pairs if type(a) is int and type(b) is int)
 
 
-def trace_pre_dispatch(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
-    """Retraces a Dynamo graph to ATen, before autograd, on Dynamo's own fake tensors.
-
-    This is AOTAutograd's tracer; ``pre_dispatch`` keeps composite ops such as ``batch_norm`` and ``dropout`` whole.
-    """
-    # Not tracing_mode="fake": it makes new fakes in the mode that Dynamo keeps for the backend, which know nothing of
-    # the item() of a scalar input.
-    values = [*inputs, *(node.meta.get("example_value") for node in gm.graph.nodes)]
-    modes = [value.fake_mode for value in values if isinstance(value, FakeTensor)]
-    grad_mode = torch.is_grad_enabled()
-    try:
-        with fx.traceback.preserve_node_meta(), modes[0] if modes else contextlib.nullcontext():
-            return make_fx(_Checked(gm).run, pre_dispatch=True, tracing_mode="real")(*inputs)
-    finally:
-        torch.set_grad_enabled(grad_mode)  # a graph may end in another mode than it began in
-
-
-_RETURNS_INPUT = frozenset(
-    {
-        nn.functional.dropout, nn.functional.dropout1d, nn.functional.dropout2d, nn.functional.dropout3d,
-        nn.functional.alpha_dropout, nn.functional.feature_alpha_dropout, torch.dropout, torch.feature_dropout,
-        torch.alpha_dropout, torch.feature_alpha_dropout,
-    }
-)  # fmt: skip
-
-
-class _Checked(fx.Interpreter):
-    """Runs a Dynamo graph again and compares with what Dynamo saw.
-
-    Autocast, for one, is recorded but not applied while tracing before dispatch: whatever looks at dtypes then goes
-    another way, and ``y.float()`` of what should be bfloat16 becomes ``y`` itself.
-    """
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.op == "output":
-            for node in n.all_input_nodes:
-                self._compare(node, self.env[node], "requires_grad")
-        given = next(iter(n.all_input_nodes), None) if n.target in _RETURNS_INPUT else None
-        result = super().run_node(n) if given is None or len(given.users) == 1 else self._run_on_alias(n, given)
-        self._compare(n, result, "dtype")
-        return result
-
-    def _run_on_alias(self, n: fx.Node, given: fx.Node) -> Any:
-        """Runs a dropout on an alias of its input, which is used elsewhere too.
-
-        In eval it returns the tensor that it is given, and the tracer, which knows values by identity, would take later
-        uses of the input for uses of the result: wrong as soon as the dropout is put into train.
-        """
-        value = self.env[given]
-        self.env[given] = torch.ops.aten.alias.default(value)
-        result = super().run_node(n)
-        self.env[given] = value
-        return result
-
-    def _compare(self, node: fx.Node, now: Any, what: str) -> None:
-        before = node.meta.get("example_value")
-        both = isinstance(now, torch.Tensor) and isinstance(before, torch.Tensor)
-        if both and getattr(now, what) != getattr(before, what):
-            raise ValueError(f"{node} has {what} {getattr(now, what)} now, {getattr(before, what)} before")
-
-
 def carry_placeholders(source: fx.Graph, target: fx.Graph) -> None:
     """Copies names, meta and Dynamo's sources from the inputs of one graph to the inputs of its retrace."""
     old, new = source.find_nodes(op="placeholder"), target.find_nodes(op="placeholder")
@@ -272,3 +215,39 @@ def reset_inductor() -> None:
     """What ``torch.compiler.reset`` does for Inductor: forgets recorded CUDA graphs."""
     mode = "reduce-overhead" if torch.cuda.is_available() else None
     torch._TorchCompileInductorWrapper(mode, None, None).reset()
+
+
+# From here on: what torch's .pt2 archives consist of.
+script_object_to_bytes, script_object_from_bytes = torch._C._pickle_save, torch._C._pickle_load_obj
+serialize_tensor_meta = serde.serialize_tensor_meta
+
+
+def payloads_to_json(payloads: dict[str, PayloadMeta]) -> bytes:
+    """What describes one program's weights, or constants, beside the payloads that hold their bytes."""
+    return json.dumps(serde._dataclass_to_dict(PayloadConfig(config=payloads))).encode()
+
+
+def payloads_from_json(text: bytes) -> dict[str, PayloadMeta]:
+    """The reverse of :func:`payloads_to_json`."""
+    return dict(serde._dict_to_dataclass(PayloadConfig, json.loads(text)).config)
+
+
+def payload_place(payload: PayloadMeta) -> tuple[torch.dtype, torch.device, tuple[int, ...], tuple[int, ...], int]:
+    """Dtype, device, sizes, strides and storage offset of a tensor."""
+    meta: Any = payload.tensor_meta
+    sizes, strides = serde.deserialize_size(meta.sizes), serde.deserialize_stride(meta.strides)
+    offset = serde.deserialize_storage_offset(meta.storage_offset)
+    return serde.deserialize_scalar_type(meta.dtype), serde.deserialize_device(meta.device), sizes, strides, offset
+
+
+def program_to_bytes(program: torch.export.ExportedProgram, *stand_ins: dict[str, Any]) -> tuple[bytes, bytes]:
+    """A program as JSON, and its example inputs, pickled; torch 2.11 pickles state and constants in vain as well."""
+    program = copy.copy(program)
+    program._state_dict, program._constants = stand_ins
+    artifact = serde.serialize(program)
+    return artifact.exported_program, artifact.example_inputs
+
+
+def program_from_bytes(text: bytes, *held: Any) -> torch.export.ExportedProgram:
+    """The program of :func:`program_to_bytes` around the very state, constants and example inputs given."""
+    return serde.ExportedProgramDeserializer().deserialize(serde._bytes_to_dataclass(ProgramSchema, text), *held)

@@ -27,6 +27,7 @@ from compile_modes.rewrite import (
     write_literal,
 )
 from compile_modes.sites import BOUND, HARD_CODED, KEPT, add_note, graph_root, note, sites
+from compile_modes.source import Source
 
 _CELL = "_mode_cell"
 _M = TypeVar("_M", bound=nn.Module)
@@ -70,7 +71,10 @@ def bind(exported: Any, *, keep: Sequence[str] = (), dropout_p: Mapping[str, flo
         plan = planning.plan_binding(root, keep, dropout_p)
     carry_out(plan, root)
     planning.warn(plan, stacklevel=2)
-    return root if isinstance(exported, torch.export.ExportedProgram) else exported
+    if not isinstance(exported, torch.export.ExportedProgram):
+        return exported
+    Source({"model": exported}, keep=[keep] if isinstance(keep, str) else keep, dropout_p=dropout_p).stay_with(root)
+    return root
 
 
 def carry_out(plan: planning.Plan, root: nn.Module) -> None:

@@ -186,14 +186,20 @@ def module_path(node: fx.Node) -> str:
     return canonical(dynamo_path(list(stack.values())[-1][0])) if stack else ""
 
 
-def module_class(node: fx.Node) -> type | None:
+def module_classes(node: fx.Node) -> list[type[nn.Module] | None]:
+    """The classes of the modules around a node, the innermost last; None where it is not known in this process."""
+    found: list[type[nn.Module] | None] = []
+    for _, kind in (node.meta.get("nn_module_stack") or {}).values():
+        if isinstance(kind, str):  # export writes the qualified name
+            module, _, name = kind.rpartition(".")
+            kind = getattr(sys.modules.get(module), name, None)
+        found.append(kind if isinstance(kind, type) and issubclass(kind, nn.Module) else None)
+    return found
+
+
+def module_class(node: fx.Node) -> type[nn.Module] | None:
     """The class of that submodule; None if it is not known."""
-    stack = node.meta.get("nn_module_stack")
-    kind = list(stack.values())[-1][1] if stack else None
-    if isinstance(kind, str):  # export writes the qualified name
-        module, _, name = kind.rpartition(".")
-        kind = getattr(sys.modules.get(module), name, None)
-    return kind if isinstance(kind, type) else None
+    return next(reversed(module_classes(node)), None)
 
 
 def is_batch_norm(node: fx.Node) -> bool | None:

@@ -28,6 +28,7 @@ class DualModule(nn.Module):
         """Takes two bound programs over, the second after :func:`share` and binding."""
         super().__init__()
         self.difference = difference
+        self.meta: dict[str, Any] = {}
         self._programs = {True: train, False: evaluation}
         for program in (train, evaluation):
             self._modules.update({n: m for n, m in program._modules.items() if m is not None and not _private(n, m)})

@@ -45,5 +45,9 @@ class CaptureError(CompileModesError):
     """The Dynamo graph could not be retraced to a pre-autograd ATen graph."""
 
 
+class ArchiveError(CompileModesError):
+    """A file can't be written or read; nothing is left of a file that could not be written whole."""
+
+
 class ModeWarning(UserWarning):
     """Something mode-dependent stays as it is, or a graph reaches Inductor without our stage."""

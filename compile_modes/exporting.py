@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from compile_modes.binding import carry_out
 from compile_modes.bodies import own
@@ -15,8 +16,7 @@ from compile_modes.folding import fold
 from compile_modes.pairing import Pairing, pair
 from compile_modes.planning import Plan, plan_binding
 from compile_modes.sites import HARD_CODED, Site, add_note, sites
-
-Flags = dict[str, bool]
+from compile_modes.source import Source, flags, set_flags
 
 
 def export(
@@ -45,8 +45,7 @@ def export(
             f"{type(model).__name__} is not an eager module",
             remedy="pass the model itself; bind() gives modes to a program that was exported already",
         )
-    flags = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modes = flags(model)
     programs = {}
     try:
         for training in (False, True):
@@ -54,9 +53,8 @@ def export(
             with exportable(model):
                 programs[training] = _export(model, training, args, kwargs, dynamic_shapes)
     finally:
-        for name, module in modules.items():
-            module.training = flags[name]
-    return assemble(programs[True], programs[False], flags)
+        set_flags(model, modes)
+    return assemble(programs[True], programs[False], modes)
 
 
 def _export(model: nn.Module, training: bool, args: Any, kwargs: Any, dynamic_shapes: Any) -> Any:
@@ -72,18 +70,15 @@ def _export(model: nn.Module, training: bool, args: Any, kwargs: Any, dynamic_sh
         ) from error
 
 
-def assemble(train: torch.export.ExportedProgram, evaluation: torch.export.ExportedProgram, flags: Flags) -> nn.Module:
-    """The module of both modes, from its two exports; ``flags`` are the modes it starts with, by submodule."""
+def assemble(train: ExportedProgram, evaluation: ExportedProgram, modes: Mapping[str, bool]) -> nn.Module:
+    """The module of both modes, from its two exports; ``modes`` are those it starts with, by submodule."""
     roots = train.module(), evaluation.module()
     for root in roots:
         own(root)
     found = pair(*roots)
     module = _dual(*roots, found.difference) if found.difference else _single(roots[0], found)
-    for name, flag in flags.items():
-        try:
-            module.get_submodule(name).training = flag
-        except AttributeError:  # owns nothing that depends on mode, and holds no state
-            continue
+    set_flags(module, modes)
+    Source({"train": train, "eval": evaluation}).stay_with(module)
     return module
 
 
@@ -101,7 +96,7 @@ def _single(root: nn.Module, found: Pairing) -> nn.Module:
 def _plan(bindable: list[Site], odd: list[Site], inverted: Mapping[Site, float | None]) -> Plan:
     modes = {site.owner: True for site in bindable}
     supplied = {site: p for site, p in inverted.items() if p is not None}
-    return Plan(True, True, modes, bindable, [], odd, set(), [], supplied, set(inverted))
+    return Plan(True, True, modes, bindable, [], odd, set(), supplied=supplied, inverted=set(inverted))
 
 
 def _dual(train: Any, evaluation: Any, difference: str) -> DualModule:

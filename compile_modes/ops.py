@@ -36,6 +36,7 @@ _LOST_DROPOUT = (
 _LOST_ITERATION = "spectral norm's power iteration is not in an eval export"
 _STUCK_ITERATION = "spectral norm's power iteration is not in a no_grad region of its own here, and can't be taken out"
 _FUSED = "a fused kernel of inference, to which torch's attention goes in eval without gradients: its dropout is lost"
+_UNTRACKED = "track_running_stats was turned off later: eval uses running statistics, which are not in a train export"
 _QUANTIZED = "a quantized RNN runs inference only"
 
 
@@ -243,6 +244,8 @@ TABLE = _build()
 LOST_DROPOUT = ModeOp(torch.ops.aten.softmax.int, "attention", refusal=_LOST_DROPOUT)
 LOST_ITERATION = ModeOp(torch.ops.aten.vdot.default, "spectral_norm", refusal=_LOST_ITERATION)
 STUCK_ITERATION = ModeOp(torch.ops.aten.vdot.default, "spectral_norm", refusal=_STUCK_ITERATION)
+
+UNTRACKED = ModeOp(torch.ops.aten.batch_norm.default, "batch_norm", refusal=_UNTRACKED)
 
 
 def lookup(target: Any) -> ModeOp | None:

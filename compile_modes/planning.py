@@ -12,7 +12,7 @@ from compile_modes.bodies import bodies, is_batch_norm, module_path
 from compile_modes.errors import BindError, ModeWarning, OptionError
 from compile_modes.regions import regions
 from compile_modes.rewrite import no_match, owner_matches
-from compile_modes.sites import KEPT, Site, note, sites
+from compile_modes.sites import KEPT, Site, note, overriding, sites
 
 
 @dataclass
@@ -27,6 +27,7 @@ class Plan:
         stuck: sites that can't be, with the reason.
         odd: sites at odds with their owner, which keep their literal.
         kept: sites that the caller wants to keep theirs.
+        overriding: classes of the model that override ``train()``, which a bound module does not call.
         unclear: random masks that may or may not depend on mode.
         supplied: probabilities that the export has lost and the caller knows.
     """
@@ -39,6 +40,7 @@ class Plan:
     odd: list[Site]
     kept: set[Site]
     unclear: list[fx.Node] = field(default_factory=list)
+    overriding: list[str] = field(default_factory=list)
     supplied: dict[Site, float] = field(default_factory=dict)
     inverted: set[Site] = field(default_factory=set)
 
@@ -58,7 +60,7 @@ def plan_binding(root: nn.Module, keep: Sequence[str], dropout_p: Mapping[str, f
     _check_names(root, {site.owner for site in bindable})
     first = bool(modes) and not any(site.bound for site in found)
     unclear = [m for m in masks if any(modes.values()) and not _matches_any(module_path(m), keep)]
-    return Plan(first, any(modes.values()), modes, bindable, stuck, odd, kept, unclear, supplied)
+    return Plan(first, any(modes.values()), modes, bindable, stuck, odd, kept, unclear, overriding(bindable), supplied)
 
 
 def decomposed(where: str) -> BindError:
@@ -162,6 +164,14 @@ def warn(plan: Plan, stacklevel: int) -> None:
     """Says what will not follow ``train()`` and ``eval()``; ``stacklevel`` as for :func:`warnings.warn`."""
     _warn_stuck(plan, stacklevel + 2)
     _warn_uncounted(plan, stacklevel + 2)
+    if plan.overriding:
+        warnings.warn(
+            f"train() is overridden by {', '.join(plan.overriding[:5])}, but that of a bound module sets all flags below "
+            "it.\n  what to do: after train(), call eval() on what that method keeps in eval; or bind with "
+            "keep=[...]; or use compile_modes.export(model, args)",
+            ModeWarning,
+            stacklevel=stacklevel + 1,
+        )
     if plan.unclear:
         owners = sorted({repr(module_path(node)) for node in plan.unclear})
         warnings.warn(

@@ -18,13 +18,14 @@ from compile_modes.bodies import (
     is_batch_norm,
     join,
     module_class,
+    module_classes,
     module_path,
     state_path,
 )
 from compile_modes.dual import DualModule
 from compile_modes.errors import BindError
 from compile_modes.flags import mode_of, without_stats
-from compile_modes.ops import LOST_DROPOUT, LOST_ITERATION, STUCK_ITERATION, TABLE, ModeOp, lookup
+from compile_modes.ops import LOST_DROPOUT, LOST_ITERATION, STUCK_ITERATION, TABLE, UNTRACKED, ModeOp, lookup
 from compile_modes.regions import Region, iterations, regions
 
 # Node meta that export, Dynamo and AOTAutograd carry along (``custom``), under this key.
@@ -214,6 +215,8 @@ def graph_root(obj: Any) -> nn.Module:
 def _site(body: Body, node: fx.Node, row: ModeOp) -> Site:
     kwargs = dict(node.kwargs)
     modeless = row.modeless or without_stats(node, row)
+    if modeless and row.counter and _has_statistics(body, module_path(node)):
+        return _site_without_flag(body, node, UNTRACKED, True)
     training, flag = (None, None) if modeless else mode_of(body, node, row)
     hard_coded, inverted = note(node).get("mode") == HARD_CODED, flag is not None and flag.target is operator.not_
     site = Site(node, body, row, module_path(node), training, modeless, flag is not None, hard_coded, inverted)
@@ -227,6 +230,19 @@ def _site(body: Body, node: fx.Node, row: ModeOp) -> Site:
         if row.counter and (lost or (site.owner == home if counts is None else counts)):
             site.counter = join(home, "num_batches_tracked")
     return site
+
+
+def _has_statistics(body: Body, owner: str) -> bool:
+    """Whether a batch norm that uses batch statistics has running ones: eager uses those in eval."""
+    while body.parent is not None:
+        body = body.parent
+    return isinstance(attribute(body.module, join(owner, "running_mean")), torch.Tensor)
+
+
+def overriding(found: Iterable[Site]) -> list[str]:
+    """Classes with a ``train()`` of their own above sites in eval, which it may be that keeps them there."""
+    classes = {kind for site in found if site.training is False for kind in module_classes(site.node)}
+    return sorted(kind.__qualname__ for kind in classes if kind is not None and kind.train is not nn.Module.train)
 
 
 def _attach_counters(root: nn.Module, graphs: Iterable[Body], found: Iterable[Site]) -> None:

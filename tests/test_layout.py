@@ -8,9 +8,9 @@ import compile_modes
 PACKAGE = Path(compile_modes.__file__).parent
 # Each file imports only from files to its left.
 ORDER = [
-    "_compat", "errors", "dual", "counters", "gates", "cumulative", "ops", "bodies", "regions", "folding", "flags",
-    "sites", "listing", "rewrite", "planning", "binding", "pairing", "exporting", "capture", "backend", "exported",
-    "demo", "__init__", "__main__",
+    "_compat", "errors", "dual", "container", "storages", "loader", "archive", "counters", "gates", "cumulative", "ops",
+    "bodies", "source", "regions", "folding", "flags", "sites", "listing", "rewrite", "planning", "binding", "pairing",
+    "exporting", "saving", "capture", "backend", "exported", "demo", "__init__", "__main__",
 ]  # fmt: skip
 
 

@@ -1,0 +1,211 @@
+"""The file of an archive: a zip as torch's .pt2 files are, written whole or not at all, and checked while read."""
+
+import contextlib
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from typing import IO, Any, TypeAlias
+
+import torch
+from torch.export.pt2_archive import PT2ArchiveWriter
+from torch.export.pt2_archive.constants import ARCHIVE_FORMAT_PATH, EXTRA_DIR, MODELS_DIR
+
+from compile_modes.errors import ArchiveError
+
+FileLike: TypeAlias = str | os.PathLike[str] | IO[bytes]
+
+HEADER = f"{EXTRA_DIR}compile_modes.json"  # the record that makes an archive one of ours
+_CHUNK = 1 << 24
+
+
+def label(file: FileLike) -> str:
+    """How error messages call a file."""
+    return os.fspath(file) if isinstance(file, str | os.PathLike) else f"a {type(file).__name__}"
+
+
+class _Sink:
+    """A stream that keeps its first error to itself: torch's writer ends the process if a write fails under it."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._error: BaseException | None = None
+
+    def write(self, data: bytes) -> int:
+        if self._error is None:
+            try:
+                self._stream.write(data)
+            except BaseException as error:
+                self._error = error
+        return len(data)
+
+    def check(self) -> None:
+        """Raises what a write has raised."""
+        if self._error is not None:
+            raise self._error
+
+
+class Writer:
+    """Writes records by torch's writer, which aligns them and adds torch's version records and checksums."""
+
+    def __init__(self, archive: PT2ArchiveWriter, sink: _Sink) -> None:
+        self._archive, self._sink = archive, sink
+
+    def write(self, name: str, data: bytes) -> None:
+        self._archive.write_bytes(name, data)
+        self._sink.check()
+
+    def write_tensor(self, name: str, data: torch.Tensor) -> None:
+        """Writes the storage of ``data``, a flat uint8 tensor on the CPU, without a copy."""
+        if data.numel() == 0:
+            return self.write(name, b"")
+        storage: Any = data.untyped_storage()
+        self._archive.archive_file.write_record(name, storage, data.numel())
+        self._sink.check()
+
+
+@contextlib.contextmanager
+def writing(file: FileLike) -> Iterator[Writer]:
+    """A writer whose archive takes the place of ``file`` when the block ends well; nothing is left if it does not.
+
+    Raises:
+        ArchiveError: there is no such directory, the file is a directory, or the disk does not take it.
+    """
+    try:
+        with _replacing(file) as stream:
+            sink: Any = _Sink(stream)
+            with PT2ArchiveWriter(sink) as archive:
+                yield Writer(archive, sink)
+            sink.check()
+    except OSError as error:
+        raise ArchiveError(f"the file can't be written: {error}", where=label(file)) from error
+
+
+@contextlib.contextmanager
+def _replacing(file: FileLike) -> Iterator[IO[bytes]]:
+    if not isinstance(file, str | os.PathLike):
+        with tempfile.TemporaryFile() as stream:
+            yield stream
+            stream.seek(0)
+            shutil.copyfileobj(stream, file)
+        return
+    target = os.path.realpath(file)  # a link stays a link
+    if os.path.isdir(target):
+        raise ArchiveError("the path is a directory", where=label(file), remedy="name a file in it")
+    directory, name = os.path.split(target)
+    temporary = os.path.join(directory, f".{name[:100]}.{secrets.token_hex(8)}")
+    try:
+        with open(temporary, "xb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        if os.path.exists(target):
+            shutil.copymode(target, temporary)
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+class Reader:
+    """Reads the records of an archive, each with its checksum compared, which torch's reader does not do."""
+
+    def __init__(self, archive: zipfile.ZipFile, size: int) -> None:
+        self._archive = archive
+        infos = archive.infolist()
+        root = infos[0].filename.partition("/")[0] if infos else ""
+        self._infos = {info.filename.removeprefix(f"{root}/"): info for info in infos}
+        overlapping = len(self._infos) != len(infos) or sum(info.compress_size for info in infos) > size
+        # Of a file that is cut off, zipfile may find a record that is a zip itself, and take it for the whole.
+        if overlapping or (infos and min(info.header_offset for info in infos) != 0):
+            raise zipfile.BadZipFile("records are missing or overlap")
+        if HEADER not in self._infos:
+            raise _foreign(set(self._infos), self)
+        if any(info.compress_type or info.flag_bits & 1 or info.file_size != info.compress_size for info in infos):
+            raise ArchiveError("some of its records are compressed or encrypted, which those of .pt2 files never are")
+        if "byteorder" in self._infos and self.read("byteorder").decode() != sys.byteorder:
+            raise ArchiveError("the file was written on a machine of the other byte order")
+
+    def names(self, folder: str = "") -> list[str]:
+        """The records whose name starts with ``folder``."""
+        return [name for name in self._infos if name.startswith(folder)]
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a record. Raises KeyError if there is none, zipfile.BadZipFile if they have changed."""
+        return self._archive.read(self._infos[name])
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The bytes of a record as a flat uint8 tensor with a storage of its own."""
+        info, start = self._infos[name], 0
+        data = torch.empty(info.file_size, dtype=torch.uint8)
+        with self._archive.open(info) as stream:
+            while chunk := stream.read(_CHUNK):
+                data[start : start + len(chunk)] = torch.frombuffer(bytearray(chunk), dtype=torch.uint8)
+                start += len(chunk)
+        if start != info.file_size:
+            raise zipfile.BadZipFile(f"{name} is cut off")
+        return data
+
+
+@contextlib.contextmanager
+def reading(file: FileLike) -> Iterator[Reader]:
+    """A reader of an archive that :func:`writing` has written.
+
+    Raises:
+        ArchiveError: there is no such file, it is something else, or it is damaged. Whatever is raised in the block
+            and is no ArchiveError counts as damage.
+    """
+    try:
+        with contextlib.ExitStack() as stack:
+            named = isinstance(file, str | os.PathLike)
+            stream: IO[bytes] = stack.enter_context(open(file, "rb")) if named else file  # type: ignore[arg-type,assignment]
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(0)
+            _check_magic(stream.read(4))
+            yield Reader(stack.enter_context(zipfile.ZipFile(stream)), size)
+    except ArchiveError as error:
+        if error.where:
+            raise
+        raise ArchiveError(error.cause, where=label(file), remedy=error.remedy) from error.__cause__
+    except FileNotFoundError as error:
+        raise ArchiveError("there is no such file", where=label(file)) from error
+    except IsADirectoryError as error:
+        raise ArchiveError("the path is a directory", where=label(file), remedy="name a file in it") from error
+    except PermissionError as error:
+        raise ArchiveError("the file can't be opened: permission denied", where=label(file)) from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ArchiveError(
+            f"the file is cut off or damaged ({reason})", where=label(file), remedy="get another copy, or save it again"
+        ) from error
+
+
+def _check_magic(start: bytes) -> None:
+    if not start:
+        raise ArchiveError("the file is empty")
+    if start.startswith(b"\x80"):
+        raise ArchiveError("the file is a pickle, not an archive", remedy="torch.load() reads what torch.save() wrote")
+    if not b"PK\x03\x04".startswith(start):
+        raise ArchiveError("the file is no .pt2 archive")
+
+
+def _foreign(names: set[str], reader: Reader) -> ArchiveError:
+    """What a zip without our header is."""
+    exported = "load it by torch.export.load() and give the program to compile_modes.bind()"
+    if ARCHIVE_FORMAT_PATH in names:
+        if reader.names(MODELS_DIR):
+            return ArchiveError("the file was written by torch.export.save(), not by compile_modes", remedy=exported)
+        return ArchiveError("the .pt2 archive holds no exported program", remedy="export and save a program")
+    if "serialized_exported_program.json" in names:
+        return ArchiveError("the file was written by torch.export.save() of torch 2.7 or older", remedy=exported)
+    if "constants.pkl" in names:
+        return ArchiveError("the file is a TorchScript archive", remedy="torch.jit.load() reads it")
+    if "data.pkl" in names:
+        return ArchiveError("the file was written by torch.save()", remedy="torch.load() reads it")
+    return ArchiveError("the file is a zip, but no .pt2 archive")
