@@ -70,6 +70,10 @@ class ModeOp:
         index = self._index[name]
         return args[index] if index < len(args) else self.overload._schema.arguments[index].default_value
 
+    def has(self, name: str) -> bool:
+        """Whether the schema has an argument ``name``."""
+        return name in self._index
+
     def index(self, name: str) -> int:
         """Position of argument ``name`` in the schema."""
         return self._index[name]
