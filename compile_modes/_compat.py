@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._decomp.decompositions import one_layer_lstm
 from torch._dynamo.exc import RestartAnalysis, SkipFrame
 from torch._dynamo.exc import ShortenTraceback as ShortenTraceback
 from torch._dynamo.guards import GuardBuilder, install_guard
@@ -204,6 +205,47 @@ def carry_placeholders(source: fx.Graph, target: fx.Graph) -> None:
         after.meta.update(before.meta)
         if hasattr(before, "_dynamo_source"):
             after._dynamo_source = before._dynamo_source
+
+
+def value(node: fx.Node) -> Any:
+    """The fake tensor or number that a node stood for when its graph was traced, under ATen's name or Dynamo's."""
+    return node.meta["val"] if "val" in node.meta else node.meta.get("example_value")
+
+
+def may_require_grad(node: fx.Node) -> bool:
+    """Whether a graph input may need a gradient: what Dynamo saw, or, where it left no word, yes."""
+    seen = node.meta.get("example_value")
+    return seen.requires_grad if isinstance(seen, torch.Tensor) else not isinstance(seen, int | float | torch.SymInt)
+
+
+def grad_mode(node: fx.Node, before: bool) -> bool:
+    """The grad mode that a node switches to, for its body or for all that follows; ``before`` if it does not."""
+    switches = node.target in (torch._C._set_grad_enabled, torch.ops.higher_order.wrap_with_set_grad_enabled)
+    return bool(node.args[0]) if switches else before
+
+
+def lstm_steps(
+    value: torch.Tensor,
+    state: Sequence[torch.Tensor],
+    params: tuple[torch.Tensor, ...],
+    has_biases: bool,
+    *,
+    reverse: bool,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """One direction of one LSTM layer as AOTAutograd takes it apart for training: output, and last state."""
+    result: tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] = one_layer_lstm(
+        value, state, params, has_biases, reverse=reverse
+    )
+    return result
+
+
+def last_state(value: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    """The state after a recurrent layer, in the shape of the one before it.
+
+    Up to torch 2.11, if not 2.12, the decomposition of ``lstm`` gives it a dimension of size 1 too many, unless it has
+    chosen the inference kernel. Which one it will choose is not known while tracing, so the shape is asked for always.
+    """
+    return value if torch.__version__ >= "2.13" else value.view(first.shape)
 
 
 def inductor(mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:

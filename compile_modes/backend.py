@@ -14,6 +14,8 @@ from torch.export.unflatten import UnflattenedModule
 from compile_modes import _compat
 from compile_modes.capture import capture
 from compile_modes.errors import CaptureError, ModeWarning, OptionError, OverrideError
+from compile_modes.folding import unfold_literals
+from compile_modes.forms.recurrent import split_layers
 from compile_modes.rewrite import apply, assign, check_overrides, owner_matches
 from compile_modes.sites import BOUND, Site, sites
 
@@ -100,14 +102,12 @@ def pt2e_modes(
         if parsed.explicit:
             raise
         _warn_once(f"pt2e_modes hands a graph to Inductor as it came.\n{error}")
-        return compile_fx(gm, example_inputs)
+        return compile_fx(_in_form(gm, sites(gm)), example_inputs)
     found = sites(captured)
     if not parsed.explicit:
-        _warn_rnn(found)
-        return _compile_either(compile_fx, captured, gm, example_inputs)
+        return _compile_either(compile_fx, _in_form(captured, found), gm, example_inputs)
     advanced = _put_into_modes(captured, found, parsed, whole=_compat.is_whole_frame(gm))
-    _warn_rnn(found)  # of the modes that are compiled, not of those that were captured
-    compiled = compile_fx(captured, example_inputs)
+    compiled = compile_fx(_in_form(captured, found), example_inputs)
     return _advancing(compiled, advanced) if advanced else compiled
 
 
@@ -126,7 +126,7 @@ def _compile_either(
     except _compat.CONTROL_FLOW:
         raise
     except Exception as error:  # Inductor's own; if the reason is not our stage, the second attempt raises it
-        compiled = compile_fx(gm, example_inputs)
+        compiled = compile_fx(_in_form(gm, sites(gm)), example_inputs)
         first_line = (str(error).splitlines() or [""])[0]
         _warn_once(f"pt2e_modes hands a graph to Inductor as it came: {type(error).__name__}: {first_line}")
         return compiled
@@ -149,6 +149,8 @@ def _put_into_modes(
             + "\n".join(f"  {site}: {why}" for site, why in report.refused),
             remedy='leave them out by a pattern of their own that comes first, such as {"*.self_attn": "eval"}',
         )
+    unfold_literals(captured)
+    captured.recompile()
     return [weakref.ref(outside[site]) for site in report.changed if site in outside]
 
 
@@ -209,10 +211,11 @@ def _warn_unbound(roots: Sequence[nn.Module]) -> None:
                 )
 
 
-def _warn_rnn(found: Sequence[Site]) -> None:
-    for site in found:
-        if site.op.family == "rnn" and site.training and site.p and site.read("num_layers") > 1:
-            _warn_once(
-                f"{site.op.overload} (owner {site.owner!r}) is compiled without its dropout between layers: torch's "
-                "decomposition loses it (_decomp/decompositions.py). Run this module in eager mode to train with it."
-            )
+def _in_form(graph: fx.GraphModule, found: Sequence[Site]) -> fx.GraphModule:
+    """Lowers sites as their mode, now final, asks for."""
+    for site in split_layers(graph, found):
+        _warn_once(
+            f"{site.op.overload} (owner {site.owner!r}) is compiled without its dropout between layers: torch's "
+            "decomposition loses it (_decomp/decompositions.py). Run this module in eager mode to train with it."
+        )
+    return graph

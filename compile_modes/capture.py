@@ -1,7 +1,7 @@
 """From a Dynamo graph to the ATen graph that AOTAutograd would differentiate, before it does."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
     if call := _compat.not_retraceable(gm):
         raise CaptureError(f"the graph could not be retraced before autograd: {call} would not survive", remedy=_REMEDY)
     try:
-        captured = _trace(gm, _compat.fake_inputs(gm, example_inputs))
+        captured = _retrace(gm, _compat.fake_inputs(gm, example_inputs))
         _compat.carry_placeholders(gm.graph, captured.graph)
     except _compat.CONTROL_FLOW:
         raise
@@ -48,21 +48,30 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
     return captured
 
 
-def _trace(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
-    """Retraces a Dynamo graph to ATen, before autograd, on Dynamo's own fake tensors.
+def trace_in_place_of(node: fx.Node, function: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule:
+    """Traces a function to ATen before autograd, on fake tensors; each new node takes over the meta of ``node``."""
+    with fx.traceback.preserve_node_meta(), fx.traceback.set_current_meta(node):
+        return _trace(function, inputs, inputs)
 
-    This is AOTAutograd's tracer; ``pre_dispatch`` keeps composite ops such as ``batch_norm`` and ``dropout`` whole.
-    """
-    # Not tracing_mode="fake": it makes new fakes in the mode that Dynamo keeps for the backend, which know nothing of
-    # the item() of a scalar input.
+
+def _retrace(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
+    """Runs a Dynamo graph on Dynamo's own fake tensors, and traces that."""
     values = [*inputs, *(node.meta.get("example_value") for node in gm.graph.nodes)]
-    modes = [value.fake_mode for value in values if isinstance(value, _compat.FakeTensor)]
     grad_mode = torch.is_grad_enabled()
     try:
-        with fx.traceback.preserve_node_meta(), modes[0] if modes else contextlib.nullcontext():
-            return make_fx(_Checked(gm).run, pre_dispatch=True, tracing_mode="real")(*inputs)
+        with fx.traceback.preserve_node_meta():
+            return _trace(_Checked(gm).run, inputs, values)
     finally:
         torch.set_grad_enabled(grad_mode)  # a graph may end in another mode than it began in
+
+
+def _trace(function: Callable[..., Any], inputs: Sequence[Any], values: Sequence[Any]) -> fx.GraphModule:
+    """AOTAutograd's tracer; ``pre_dispatch`` keeps composite ops such as ``batch_norm`` and ``dropout`` whole."""
+    # Not tracing_mode="fake": it makes new fakes in the mode that Dynamo keeps for the backend, which know nothing of
+    # the item() of a scalar input.
+    modes = [value.fake_mode for value in values if isinstance(value, _compat.FakeTensor)]
+    with modes[0] if modes else contextlib.nullcontext():
+        return make_fx(function, pre_dispatch=True, tracing_mode="real")(*inputs)
 
 
 _RETURNS_INPUT = frozenset(

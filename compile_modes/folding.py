@@ -4,9 +4,10 @@ import itertools
 import operator
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
-from compile_modes.bodies import OWNED, Body, attribute
+from compile_modes.bodies import OWNED, Body, attribute, bodies
+from compile_modes.gates import GATES
 from compile_modes.regions import Region
 
 
@@ -59,6 +60,14 @@ def unfold(call: fx.Node, body: Body) -> None:
     if not holder.users:  # type: ignore[union-attr]
         body.graph.erase_node(holder)  # type: ignore[arg-type]
         delattr(body.module, str(holder.target))  # type: ignore[union-attr]
+
+
+def unfold_literals(root: nn.Module) -> None:
+    """Unfolds all calls with a literal mode, in place, for compilers that know aten ops only."""
+    for body in bodies(root):
+        for node in list(body.graph.nodes):
+            if node.target in GATES and isinstance(node.args[0], bool):
+                unfold(node, body)
 
 
 def _unused(module: Any, stem: str) -> str:

@@ -87,6 +87,10 @@ class ModeOp:
         index = self.index(name)
         return args[index] if index < len(args) else self.arguments[name]
 
+    def has(self, name: str) -> bool:
+        """Whether the schema has an argument ``name``."""
+        return name in self.arguments
+
     def index(self, name: str) -> int:
         """Position of argument ``name`` in the schema."""
         return list(self.arguments).index(name)

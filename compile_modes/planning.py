@@ -166,8 +166,8 @@ def warn(plan: Plan, stacklevel: int) -> None:
     _warn_uncounted(plan, stacklevel + 2)
     if plan.overriding:
         warnings.warn(
-            f"train() is overridden by {', '.join(plan.overriding[:5])}, but that of a bound module sets all flags below "
-            "it.\n  what to do: after train(), call eval() on what that method keeps in eval; or bind with "
+            f"train() is overridden by {', '.join(plan.overriding[:5])}, but that of a bound module sets all flags "
+            "below it.\n  what to do: after train(), call eval() on what that method keeps in eval; or bind with "
             "keep=[...]; or use compile_modes.export(model, args)",
             ModeWarning,
             stacklevel=stacklevel + 1,

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 
 
@@ -101,6 +102,32 @@ class Recurrent(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.gru(self.lstm(x)[0])[0]
+
+
+class RecurrentStack(nn.Module):
+    """Recurrent layers in an eager model, behind a layer whose output needs a gradient, and a region without grad."""
+
+    def __init__(self, lstm: nn.Module, gru: nn.Module) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.lstm, self.gru = lstm, gru
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.lstm(self.fc(x))[0]
+        with torch.no_grad():
+            z = self.gru(x)[0]
+        return y + z
+
+
+class Checkpointed(nn.Module):
+    """A child whose first result is computed again in the backward pass."""
+
+    def __init__(self, child: nn.Module) -> None:
+        super().__init__()
+        self.child = child
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.utils.checkpoint.checkpoint(lambda t: self.child(t)[0], x, use_reentrant=False)
 
 
 class Attention(nn.Module):

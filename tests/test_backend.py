@@ -433,19 +433,3 @@ def test_options_are_split():
 
 def test_the_backend_is_found_without_an_import():
     assert "pt2e_modes" in torch._dynamo.list_backends(exclude_tags=())
-
-
-def test_lost_rnn_dropout_is_warned_about(no_inductor):
-    bound = cm.bind(torch.export.export(nn.LSTM(4, 4, num_layers=2, dropout=0.5), (torch.randn(3, 2, 4),)))
-    with pytest.warns(cm.ModeWarning, match="without its dropout between layers"), torch.no_grad():
-        compile_(bound)(torch.randn(3, 2, 4))
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_lost_rnn_dropout_is_warned_about_by_the_mode_that_is_compiled(training, no_inductor):
-    bound = cm.bind(torch.export.export(nn.LSTM(4, 4, num_layers=2, dropout=0.5), (torch.randn(3, 2, 4),)))
-    bound.train(not training)
-    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
-        warnings.simplefilter("always", cm.ModeWarning)
-        compile_(bound, training=training)(torch.randn(3, 2, 4))
-    assert any("without its dropout between layers" in str(w.message) for w in caught) is training

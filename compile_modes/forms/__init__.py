@@ -1,0 +1,1 @@
+"""Forms: what sites are lowered to once their mode is known."""
