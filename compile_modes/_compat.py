@@ -24,8 +24,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 # Base of BatchNorm1d to 3d, SyncBatchNorm and the lazy ones: the modules whose forward advances num_batches_tracked.
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
+# Base of Dropout, Dropout1d to 3d, AlphaDropout and FeatureAlphaDropout.
+DROPOUT = nn.modules.dropout._DropoutNd
+
 # Raised through backends on purpose: Dynamo answers them by another attempt or by leaving the frame alone.
 CONTROL_FLOW = (RestartAnalysis, SkipFrame)
+
+# The submodule by which ep.module() checks its inputs.
+GUARDS = "_guards_fn"
 
 # Higher-order ops that run their one body exactly once: a statement inside the body may as well stand before the call.
 UNCONDITIONAL_HOPS: tuple[HigherOrderOperator, ...] = (

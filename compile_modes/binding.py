@@ -10,7 +10,9 @@ from torch import fx, nn
 
 from compile_modes import _compat, counters, planning
 from compile_modes.bodies import Body, attribute, bodies, join, own
-from compile_modes.errors import BindError
+from compile_modes.errors import BindError, CompileModesError
+from compile_modes.recompose import recompose
+from compile_modes.remarks import remark
 from compile_modes.rewrite import attr_node, check_overrides, editable, insert_step, set_argument, write_literal
 from compile_modes.sites import BOUND, HARD_CODED, KEPT, Site, add_note, graph_root, is_flag, note, sites
 
@@ -36,18 +38,23 @@ def bind(exported: Any, *, keep: Sequence[str] = ()) -> Any:
         The bound module: ``exported`` itself, or the new module of an ExportedProgram.
 
     Raises:
-        BindError: there is no graph, the graph is decomposed, or an owner's name is taken by another attribute.
+        BindError: there is no graph, or an owner's name is taken by another attribute.
         OverrideError: a ``keep`` pattern matches no site.
 
     Warns:
-        ModeWarning: some sites can't follow the flag, with the reason for each.
+        ModeWarning: some sites can't follow the flag, with the reason for each; or the program is decomposed and has
+            parts that are no sites any more.
     """
-    if isinstance(exported, torch.export.ExportedProgram) and exported.dialect == "ATEN":
-        raise planning.decomposed("an ExportedProgram in the ATEN dialect")
     root = graph_root(exported)
-    if isinstance(exported, torch.export.ExportedProgram):
-        _restore_state(root, exported)
-    plan = planning.plan_binding(root, keep)
+    program = exported if isinstance(exported, torch.export.ExportedProgram) else None
+    if program is not None:
+        _restore_state(root, program)
+    recomposed = recompose(root, program)
+    try:
+        plan = planning.plan_binding(root, keep)
+    except CompileModesError:
+        recomposed.undo()
+        raise
     if own(root):
         plan = planning.plan_binding(root, keep)
     for owner in {site.owner for site in plan.bindable}:
@@ -71,7 +78,9 @@ def bind(exported: Any, *, keep: Sequence[str] = ()) -> Any:
     for module in edited:
         _compat.refresh(module)
     planning.warn(plan, stacklevel=2)
-    return root if isinstance(exported, torch.export.ExportedProgram) else exported
+    if recomposed.decomposed:
+        remark(root, program, any(plan.modes.values()), stacklevel=2)
+    return root if program is not None else exported
 
 
 def bake(module: _M, training: bool | None = None) -> _M:

@@ -184,14 +184,20 @@ def module_path(node: fx.Node) -> str:
     return canonical(dynamo_path(list(stack.values())[-1][0])) if stack else ""
 
 
-def is_batch_norm(node: fx.Node) -> bool | None:
-    """Whether that submodule is one of torch's batch norms, or derived from one; None if its class is not known."""
+def module_class(node: fx.Node) -> type | None:
+    """The class of that submodule; None if it is not known."""
     stack = node.meta.get("nn_module_stack")
     kind = list(stack.values())[-1][1] if stack else None
     if isinstance(kind, str):  # export writes the qualified name
         module, _, name = kind.rpartition(".")
         kind = getattr(sys.modules.get(module), name, None)
-    return issubclass(kind, _compat.BATCH_NORM) if isinstance(kind, type) else None
+    return kind if isinstance(kind, type) else None
+
+
+def is_batch_norm(node: fx.Node) -> bool | None:
+    """Whether that submodule is one of torch's batch norms, or derived from one; None if its class is not known."""
+    kind = module_class(node)
+    return issubclass(kind, _compat.BATCH_NORM) if kind is not None else None
 
 
 def from_dynamo(body: Body) -> bool:

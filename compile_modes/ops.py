@@ -24,8 +24,13 @@ STATS = ("running_mean", "running_var")
 
 _KERNEL = "a kernel below training IR: its extra inputs and outputs depend on the mode"
 _BACKWARD = "a backward kernel: it follows from the forward when autograd is derived"
-_DECOMPOSED = "decomposed: the mode is spread over several nodes; bind the program before run_decompositions()"
+_DECOMPOSED = "decomposed: the mode is spread over several nodes; bind() puts it together again where it can"
 _QUANTIZED = "a quantized RNN runs inference only"
+
+# What run_decompositions() makes of the dropouts that have no kernel of their own, from the draw to the result.
+DRAW = aten_overload("bernoulli.p")
+_FEATURE = ("bernoulli.p", "div.Scalar", "mul.Tensor")
+_ALPHA = ("bernoulli.p", "add.Scalar", "mul.Scalar", "add.Scalar", "mul.Scalar", "mul.Tensor", "add.Tensor")
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,11 @@ class ModeOp:
         counter: whether eager advances the owner's ``num_batches_tracked`` beside this op in train.
         shown: further literals worth showing (momentum, eps).
         modeless: the op computes the same in both modes, whatever its flag says.
-        decomposed: the op appears in decomposed programs only.
+        decomposed: the op comes from ``run_decompositions()``; hardly anyone calls it directly.
+        whole: name of the op in training IR that this one is a decomposition of; it takes the same arguments.
+        implied: the mode that the op's name says; None if an argument says it.
+        parts: the ops that a decomposition leaves of this one, from the draw of the noise to the result.
+        modules: the modules of ``torch.nn.modules.dropout`` whose forward is this op and nothing else.
         refusal: why the op is never switched; empty if it can be.
     """
 
@@ -54,6 +63,10 @@ class ModeOp:
     shown: tuple[str, ...] = ()
     modeless: bool = False
     decomposed: bool = False
+    whole: str = ""
+    implied: bool | None = None
+    parts: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
     refusal: str = ""
     _index: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
 
@@ -78,6 +91,25 @@ class ModeOp:
         """Schema default of argument ``name``; None where it has none."""
         return self.overload._schema.arguments[self._index[name]].default_value
 
+    def new_state(self, name: str) -> int | None:
+        """Which output is the new value of the statistics ``name``; None if the op does not return any."""
+        outputs = [output.name for output in self.overload._schema.returns]
+        return outputs.index(name + "_out") if name + "_out" in outputs else None
+
+    @property
+    def part_targets(self) -> list[OpOverload | None]:
+        """The overloads of ``parts``."""
+        return [aten_overload(name) for name in self.parts]
+
+    def recomposed(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]
+    ) -> tuple[OpOverload, list[Any]]:
+        """The op that this one is a decomposition of, and the arguments for it: from ``given``, or as in this call."""
+        whole = aten_overload(self.whole)
+        assert whole is not None, f"{self.overload} is no decomposition"
+        names = [argument.name for argument in whole._schema.arguments]
+        return whole, [given[name] if name in given else self.read(args, kwargs, name) for name in names]
+
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 
@@ -87,18 +119,26 @@ def _rows() -> Rows:
     yield from _norm_rows()
     for name in ("rrelu", "rrelu_", "rrelu_with_noise", "rrelu_with_noise.out", "rrelu_with_noise_"):
         yield name, {"family": "rrelu", "flag": "training"}
-    yield "rrelu_with_noise_functional", {"family": "rrelu", "flag": "training"}
+    functional = {"family": "rrelu", "flag": "training", "decomposed": True, "whole": "rrelu"}
+    yield "rrelu_with_noise_functional", functional
     yield from _rnn_rows()
     yield from _attention_rows()
     yield from _backward_rows()
 
 
 def _dropout_rows() -> Rows:
-    for stem in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"):
-        for name in (stem, stem + "_"):
-            yield name, {"family": "dropout", "flag": "train", "p": "p"}
+    dropout = {"family": "dropout", "flag": "train", "p": "p"}
+    taken_apart: dict[str, dict[str, Any]] = {
+        "dropout": {},
+        "feature_dropout": {"parts": _FEATURE, "modules": ("Dropout1d", "Dropout2d", "Dropout3d")},
+        "alpha_dropout": {"parts": _ALPHA, "modules": ("AlphaDropout",)},
+        "feature_alpha_dropout": {"parts": _ALPHA, "modules": ("FeatureAlphaDropout",)},
+    }
+    for stem, columns in taken_apart.items():
+        yield stem, dropout | columns
+        yield stem + "_", dropout
     for name in ("native_dropout", "native_dropout.out"):
-        yield name, {"family": "dropout", "flag": "train", "p": "p"}  # train is bool?; None means train
+        yield name, {**dropout, "decomposed": True}  # train is bool?; None means train
     for name in ("_fused_dropout", "_fused_dropout.out"):
         yield name, {"family": "dropout", "p": "p", "refusal": _KERNEL}
 
@@ -119,13 +159,16 @@ def _norm_rows() -> Rows:
     for name in ("cudnn_batch_norm", "cudnn_batch_norm.out", "miopen_batch_norm", "miopen_batch_norm.out"):
         yield name, vendor
     for name in ("no_stats", "no_stats_out"):
-        yield f"_native_batch_norm_legit.{name}", {"family": "batch_norm", "flag": "training", "modeless": True}
-    yield "_native_batch_norm_legit_functional", {**plain, "decomposed": True, "refusal": _DECOMPOSED}
-    in_name = {**norm, "shown": ("momentum", "eps"), "decomposed": True, "refusal": _DECOMPOSED}
-    for stem in ("_native_batch_norm_legit_no_training", "_batch_norm_with_update", "_batch_norm_no_update"):
-        yield stem, in_name
-        yield stem + ".out", in_name
-    yield "_batch_norm_with_update_functional", in_name
+        columns = {"family": "batch_norm", "flag": "training", "modeless": True, "decomposed": True}
+        yield f"_native_batch_norm_legit.{name}", columns
+    apart = {**norm, "shown": ("momentum", "eps"), "decomposed": True, "refusal": _DECOMPOSED}
+    yield "_native_batch_norm_legit_functional", {**apart, "flag": "training", "whole": "batch_norm"}
+    yield "_batch_norm_with_update_functional", {**apart, "implied": True, "whole": "batch_norm"}
+    in_name = {"_native_batch_norm_legit_no_training": False, "_batch_norm_no_update": False,
+               "_batch_norm_with_update": True}  # fmt: skip
+    for stem, implied in in_name.items():
+        yield stem, {**apart, "implied": implied, "whole": "batch_norm"}
+        yield stem + ".out", {**apart, "implied": implied}
     # No counter: eager's InstanceNorm never advances num_batches_tracked.
     instance = {"family": "instance_norm", "flag": "use_input_stats", "stats": STATS, "shown": ("momentum", "eps")}
     yield "instance_norm", instance
@@ -165,7 +208,7 @@ def _attention_rows() -> Rows:
         "_triton_scaled_dot_attention",
         "_triton_scaled_dot_attention.out",
     ):
-        yield name, attention
+        yield name, {**attention, "decomposed": name != "scaled_dot_product_attention"}
     for name in ("_fused_sdp_choice", "_fill_mem_eff_dropout_mask_", "_flash_attention_forward_no_dropout_inplace"):
         yield name, {**attention, "refusal": _KERNEL}
 

@@ -29,9 +29,6 @@ class Plan:
 
 def plan_binding(root: nn.Module, keep: Sequence[str]) -> Plan:
     found = sites(root)
-    for site in found:
-        if site.op.decomposed:
-            raise decomposed(str(site))
     kept = _kept(found, keep)
     modes, chosen, odd = _choose([site for site in found if site not in kept])
     stuck = [(site, why) for site in chosen if (why := site.refusal(not site.training))]
@@ -39,14 +36,6 @@ def plan_binding(root: nn.Module, keep: Sequence[str]) -> Plan:
     _check_names(root, {site.owner for site in bindable})
     first = bool(modes) and not any(site.bound for site in found)
     return Plan(first, any(modes.values()), modes, bindable, stuck, odd, kept)
-
-
-def decomposed(where: str) -> BindError:
-    return BindError(
-        "the program is decomposed, and bind does not treat decomposed programs yet",
-        where=where,
-        remedy="bind the result of torch.export.export(), and decompose after exporting the bound module again",
-    )
 
 
 def _kept(found: list[Site], keep: Sequence[str]) -> set[Site]:
@@ -113,10 +102,13 @@ def _warn_stuck(plan: Plan, stacklevel: int) -> None:
     if not plan.stuck:
         return
     lines = [f"  {site.node.name} (owner {site.owner!r}): {why}" for site, why in plan.stuck]
+    remedy = f"export in {'eval' if plan.program else 'train'} mode, which keeps what they need"
+    if any(site.op.decomposed for site, _ in plan.stuck):
+        remedy = "bind the program before run_decompositions()"
     warnings.warn(
         f"{len(lines)} sites keep their exported mode and will not follow train() and eval():\n"
         + "\n".join(lines[:5] + ([f"  and {len(lines) - 5} more, see compile_modes.explain()"] if lines[5:] else []))
-        + f"\n  what to do: export in {'eval' if plan.program else 'train'} mode, which keeps what they need",
+        + f"\n  what to do: {remedy}",
         ModeWarning,
         stacklevel=stacklevel,
     )

@@ -19,6 +19,7 @@ from compile_modes.ops import ModeOp, lookup
 NOTES = "compile_modes"
 HARD_CODED, KEPT = "hard-coded", "kept"
 BOUND = "compile_modes_bound"  # in the meta of a GraphModule that bind() has seen
+REMARKS = "compile_modes_remarks"  # there too: what depends on mode and is no site, a line each for explain()
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +85,7 @@ class Site:
         if self.modeless or self.training is training:
             return ""
         if self.op.refusal:
-            return self.op.refusal
+            return note(self.node).get("refusal") or self.op.refusal
         if self.training is None:
             return f"its {self.op.flag or self.op.p} is computed in the graph"
         if not training or self.bound:
@@ -232,7 +233,7 @@ def _mode(body: Body, node: fx.Node, row: ModeOp) -> tuple[bool | None, bool]:
             scaled = value.target is operator.mul and is_flag(value.args[0])
             return (_flag_value(body, value.args[0]) if scaled else None), scaled
         return value > 0, False
-    return not ("no_training" in row.overload.name() or "no_update" in row.overload.name()), False
+    return row.implied, False
 
 
 def _flag_value(body: Body, flag: Any) -> bool:
@@ -254,15 +255,16 @@ def explain(obj: Any) -> str:
     Takes what :func:`sites` takes and raises what it raises.
     """
     found = sites(obj)
+    remarks: list[str] = getattr(getattr(obj, "_orig_mod", obj), "meta", {}).get(REMARKS, [])
     if not found:
-        return "no mode-dependent sites"
+        return "\n".join(["no mode-dependent sites", *remarks])
     rows = [("op", "owner", "mode", "held by", "literals", "limits")]
     rows += [(str(s.op.overload), s.owner or "(root)", *_described(s)) for s in found]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     total = Counter(s.op.family for s in found)
     lines.append(f"{len(found)} sites: " + ", ".join(f"{n} {family}" for family, n in sorted(total.items())))
-    return "\n".join(lines)
+    return "\n".join(lines + remarks)
 
 
 def _described(site: Site) -> tuple[str, str, str, str]:

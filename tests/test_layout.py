@@ -8,8 +8,8 @@ import compile_modes
 PACKAGE = Path(compile_modes.__file__).parent
 # Each file imports only from files to its left.
 ORDER = [
-    "_compat", "errors", "ops", "counters", "bodies", "sites", "rewrite", "planning", "binding", "capture", "backend",
-    "exported", "demo", "__init__", "__main__",
+    "_compat", "errors", "ops", "counters", "bodies", "sites", "rewrite", "noise", "recompose", "remarks", "planning",
+    "binding", "capture", "backend", "exported", "demo", "__init__", "__main__",
 ]  # fmt: skip
 
 
