@@ -27,9 +27,10 @@ _BACKWARD = "a backward kernel: it follows from the forward when autograd is der
 _DECOMPOSED = "decomposed: the mode is spread over several nodes; bind() puts it together again where it can"
 _QUANTIZED = "a quantized RNN runs inference only"
 
-# What run_decompositions() makes of the dropouts that have no kernel of their own, from the draw to the result.
+# What run_decompositions() makes of the dropouts that have no kernel of their own, from the draw to the result. The
+# plain dropout has one, but not in place.
 DRAW = aten_overload("bernoulli.p")
-_FEATURE = ("bernoulli.p", "div.Scalar", "mul.Tensor")
+_PLAIN = ("bernoulli.p", "div.Scalar", "mul.Tensor")
 _ALPHA = ("bernoulli.p", "add.Scalar", "mul.Scalar", "add.Scalar", "mul.Scalar", "mul.Tensor", "add.Tensor")
 
 
@@ -129,8 +130,8 @@ def _rows() -> Rows:
 def _dropout_rows() -> Rows:
     dropout = {"family": "dropout", "flag": "train", "p": "p"}
     taken_apart: dict[str, dict[str, Any]] = {
-        "dropout": {},
-        "feature_dropout": {"parts": _FEATURE, "modules": ("Dropout1d", "Dropout2d", "Dropout3d")},
+        "dropout": {"parts": _PLAIN, "modules": ("Dropout",)},
+        "feature_dropout": {"parts": _PLAIN, "modules": ("Dropout1d", "Dropout2d", "Dropout3d")},
         "alpha_dropout": {"parts": _ALPHA, "modules": ("AlphaDropout",)},
         "feature_alpha_dropout": {"parts": _ALPHA, "modules": ("FeatureAlphaDropout",)},
     }

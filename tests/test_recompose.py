@@ -54,6 +54,22 @@ class Twice(nn.Module):
         return self.bn(self.bn(x) * 2)
 
 
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+        self.layers = nn.Sequential(
+            nn.Dropout(0.7, inplace=True),
+            nn.Dropout1d(0.2, inplace=True),
+            nn.AlphaDropout(0.15, inplace=True),
+            nn.FeatureAlphaDropout(0.25, inplace=True),
+            nn.RReLU(inplace=True),
+        )
+
+    def forward(self, x):
+        return self.layers(self.fc(x) * 2)
+
+
 class Functional(nn.Module):
     def __init__(self):
         super().__init__()
@@ -102,10 +118,11 @@ def test_bound_decomposed_modules_equal_eager(build, x, form, table, start):
     [
         (ConvNet, IMAGE),
         (Activations, torch.randn(3, 4, 6)),
+        (InPlace, torch.randn(3, 4, 6)),
         (UnusedNorm, VECTORS),
         (Attention, torch.randn(2, 5, 8)),
     ],
-    ids=["conv", "activations", "unused", "attention"],
+    ids=["conv", "activations", "in-place", "unused", "attention"],
 )
 def test_train_exports_with_dropouts_equal_eager(build, x, form, table):
     reference = build()
