@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from compile_modes import _compat
 from compile_modes.bodies import attribute, bodies, join, module_class, module_path
@@ -52,7 +52,7 @@ def remarks(root: nn.Module) -> Iterator[str]:
         owner = module_path(node)
         kind = module_class(node) or object
         why = ""
-        if issubclass(kind, _compat.DROPOUT) and owner not in having_sites:
+        if issubclass(kind, _compat.DROPOUT) and owner not in having_sites and not _erased_dropout(node):
             why = _STAYS
         elif issubclass(kind, nn.RNNBase) and owner not in having_sites and _layers(root, owner) > 1:
             why = _RNN
@@ -65,6 +65,11 @@ def remarks(root: nn.Module) -> Iterator[str]:
 
 def _layers(root: nn.Module, owner: str) -> int:
     return 1 if attribute(root, join(owner, "weight_ih_l1")) is None else 2
+
+
+def _erased_dropout(node: fx.Node) -> bool:
+    """Whether a node is all that is left of a dropout in eval mode; newer releases leave nothing."""
+    return node.target is torch.ops.aten.clone.default and issubclass(module_class(node) or object, _compat.DROPOUT)
 
 
 def _unread(root: nn.Module) -> Iterator[str]:
@@ -86,7 +91,8 @@ def _erased(root: nn.Module, program: torch.export.ExportedProgram | None) -> It
     nodes = [node for body in bodies(root) for node in body.graph.nodes]
     known = [entry.fqn for entry in program.module_call_graph] if program is not None else []
     known = [name for name in known if name not in ("", _compat.GUARDS)]
-    present = {*map(module_path, nodes), *(name for name, _ in root.named_parameters())}
+    present = {module_path(node) for node in nodes if not _erased_dropout(node)}
+    present |= {name for name, _ in root.named_parameters()}
     present |= {name for name, _ in root.named_buffers()}
     gone = [name for name in known if not any(p == name or p.startswith(name + ".") for p in present)]
     gone = [name for name in gone if not any(other.startswith(name + ".") for other in gone)]
