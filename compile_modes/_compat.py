@@ -31,9 +31,14 @@ BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 # F.batch_norm's check in train: raises ValueError for a batch with one value per channel, which has no variance.
 check_batch_size: Callable[[Sequence[int]], None] = nn.functional._verify_batch_size  # type: ignore[attr-defined]
+# Base of Dropout, Dropout1d to 3d, AlphaDropout and FeatureAlphaDropout.
+DROPOUT = nn.modules.dropout._DropoutNd
 
 # Raised through backends on purpose: Dynamo answers them by another attempt or by leaving the frame alone.
 CONTROL_FLOW = (RestartAnalysis, SkipFrame)
+
+# The submodule by which ep.module() checks its inputs.
+GUARDS = "_guards_fn"
 
 # Higher-order ops that run their one body exactly once: a statement inside the body may as well stand before the call.
 UNCONDITIONAL_HOPS: tuple[HigherOrderOperator, ...] = (

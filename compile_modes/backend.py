@@ -199,7 +199,11 @@ def _warn_unbound(roots: Sequence[nn.Module]) -> None:
         for module in _exported(root):
             if module in _warned_modules:
                 continue
-            found = [s for s in sites(module) if s.training is not None and not s.op.refusal and not s.hard_coded]
+            found = [
+                s
+                for s in sites(module)
+                if s.training is not None and (s.op.whole or not s.op.refusal) and not s.hard_coded
+            ]
             bound = getattr(module, "meta", {}).get(BOUND) or any(site.bound for site in found)
             if found and not bound:
                 _warned_modules.add(module)

@@ -11,10 +11,12 @@ from torch import fx, nn
 from compile_modes import _compat, counters, planning
 from compile_modes.bodies import Body, attribute, bodies, join, own
 from compile_modes.dual import DualModule
-from compile_modes.errors import BindError
+from compile_modes.errors import BindError, CompileModesError
 from compile_modes.flags import is_flag
 from compile_modes.folding import unfold
 from compile_modes.gates import GATES
+from compile_modes.recompose import recompose
+from compile_modes.remarks import remark
 from compile_modes.rewrite import (
     attr_node,
     check_overrides,
@@ -52,28 +54,35 @@ def bind(exported: Any, *, keep: Sequence[str] = (), dropout_p: Mapping[str, flo
         The bound module: ``exported`` itself, or the new module of an ExportedProgram.
 
     Raises:
-        BindError: there is no graph, the graph is decomposed, or an owner's name is taken by another attribute.
+        BindError: there is no graph, or an owner's name is taken by another attribute.
         OptionError: ``keep`` or ``dropout_p`` are not usable, or the site has kept its probability.
         OverrideError: a pattern matches no site.
 
     Warns:
-        ModeWarning: some sites can't follow the flag, with the reason for each.
+        ModeWarning: some sites can't follow the flag, with the reason for each; or the program is decomposed and has
+            parts that are no sites any more.
     """
     if isinstance(getattr(exported, "_orig_mod", exported), DualModule):
         return exported  # bound when it was made
-    if isinstance(exported, torch.export.ExportedProgram) and exported.dialect == "ATEN":
-        raise planning.decomposed("an ExportedProgram in the ATEN dialect")
     root = graph_root(exported)
-    if isinstance(exported, torch.export.ExportedProgram):
-        _restore_state(root, exported)
-    plan = planning.plan_binding(root, keep, dropout_p)
+    program = exported if isinstance(exported, torch.export.ExportedProgram) else None
+    if program is not None:
+        _restore_state(root, program)
+    recomposed = recompose(root, program)
+    try:
+        plan = planning.plan_binding(root, keep, dropout_p)
+    except CompileModesError:
+        recomposed.undo()
+        raise
     if own(root):
         plan = planning.plan_binding(root, keep, dropout_p)
     carry_out(plan, root)
     planning.warn(plan, stacklevel=2)
-    if not isinstance(exported, torch.export.ExportedProgram):
+    if recomposed.decomposed:
+        remark(root, program, any(plan.modes.values()) or any(site.training for site in plan.kept), stacklevel=2)
+    if program is None:
         return exported
-    Source({"model": exported}, keep=[keep] if isinstance(keep, str) else keep, dropout_p=dropout_p).stay_with(root)
+    Source({"model": program}, keep=[keep] if isinstance(keep, str) else keep, dropout_p=dropout_p).stay_with(root)
     return root
 
 

@@ -24,9 +24,7 @@ def mode_of(body: Body, node: fx.Node, row: ModeOp) -> tuple[bool | None, fx.Nod
             scaled = value.target is operator.mul and is_flag(value.args[0])
             return (_flag_value(body, value.args[0]), value.args[0]) if scaled else (None, None)  # type: ignore[return-value]
         return value > 0, None
-    if row.inference:
-        return False, None
-    return not ("no_training" in str(row) or "no_update" in str(row)), None
+    return False if row.inference else row.implied, None
 
 
 def _flag_value(body: Body, flag: Any) -> bool:

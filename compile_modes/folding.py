@@ -10,12 +10,15 @@ from compile_modes.bodies import OWNED, Body, attribute, bodies
 from compile_modes.gates import GATES
 from compile_modes.regions import Region
 
+_REPLACED = "compile_modes_replaced"
+
 
 def fold(region: Region, body: Body) -> fx.Node:
     """Makes a region the body of one call with the literal mode True, in place; returns the call."""
     inner, holders = fx.Graph(), {}
     inside: dict[fx.Node, fx.Node] = {}
-    for operand in region.operands:
+    operands = [_present(operand) for operand in region.operands]
+    for operand in operands:
         inside[operand] = inner.placeholder(operand.name)
         inside[operand].meta = dict(operand.meta)
     for node in region.nodes:
@@ -30,15 +33,23 @@ def fold(region: Region, body: Body) -> fx.Node:
     setattr(body.module, name, module)
     with body.graph.inserting_before(region.nodes[0]):
         holder = body.graph.create_node("get_attr", name)
-        call = body.graph.call_function(region.gate, (True, len(region.results), holder, *region.operands))
+        call = body.graph.call_function(region.gate, (True, len(region.results), holder, *operands))
         call.meta = {k: v for k, v in region.node.meta.items() if k in ("nn_module_stack", "custom", "stack_trace")}
         for index, (node, _) in enumerate(region.results):
             item = body.graph.call_function(operator.getitem, (call, index))
             item.meta = dict(node.meta)
             node.replace_all_uses_with(item)
+            node.meta[_REPLACED] = item
     for node in reversed(region.nodes):
         body.graph.erase_node(node)
     return call
+
+
+def _present(node: fx.Node) -> fx.Node:
+    """What stands for a node now: a region that was found earlier may take the result of one that is folded by now."""
+    while (item := node.meta.get(_REPLACED)) is not None:
+        node = item
+    return node
 
 
 def unfold(call: fx.Node, body: Body) -> None:

@@ -11,7 +11,7 @@ from compile_modes.bodies import Body, bodies, module_path, state_path
 from compile_modes.dual import DualModule
 from compile_modes.ops import lookup
 from compile_modes.regions import samplers
-from compile_modes.sites import Site, graph_root, overriding, sites
+from compile_modes.sites import REMARKS, Site, graph_root, overriding, sites
 
 
 def explain(obj: Any) -> str:
@@ -44,7 +44,8 @@ def _table(found: list[Site]) -> list[str]:
 
 def _remarks(root: nn.Module, found: list[Site]) -> list[str]:
     known = {node for site in found for node in (site.node, site.step, *(site.region.nodes if site.region else ()))}
-    lines = [f"not called: train() of {name}, which overrides nn.Module's" for name in overriding(found)]
+    lines: list[str] = list(getattr(root, "meta", {}).get(REMARKS, ()))
+    lines += [f"not called: train() of {name}, which overrides nn.Module's" for name in overriding(found)]
     for body in bodies(root):
         if body.gated:
             continue

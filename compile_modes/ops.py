@@ -29,7 +29,7 @@ STATS = ("running_mean", "running_var")
 
 _KERNEL = "a kernel below training IR: its extra inputs and outputs depend on the mode"
 _BACKWARD = "a backward kernel: it follows from the forward when autograd is derived"
-_DECOMPOSED = "decomposed: the mode is spread over several nodes; bind the program before run_decompositions()"
+_DECOMPOSED = "decomposed: the mode is spread over several nodes; bind() puts it together again where it can"
 _LOST_DROPOUT = (
     "no dropout on the attention weights: the module had none, or it was traced in eval mode and its p is lost"
 )
@@ -53,8 +53,10 @@ class ModeOp:
         counter: whether eager advances the owner's ``num_batches_tracked`` beside this op, not in it, in train.
         shown: further literals worth showing (momentum, eps).
         modeless: the op computes the same in both modes, whatever its flag says.
-        decomposed: the op appears in decomposed programs only.
         inference: eager reaches the op in eval only, and another program in train.
+        decomposed: the op comes from ``run_decompositions()``; hardly anyone calls it directly.
+        whole: name of the op in training IR that this one is a decomposition of; it takes the same arguments.
+        implied: the mode that the op's name says; None if an argument says it.
         refusal: why the op is never switched; empty if it can be.
     """
 
@@ -68,6 +70,8 @@ class ModeOp:
     modeless: bool = False
     decomposed: bool = False
     inference: bool = False
+    whole: str = ""
+    implied: bool | None = None
     refusal: str = ""
     arguments: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
@@ -102,6 +106,20 @@ class ModeOp:
     def __str__(self) -> str:
         return str(self.overload) if isinstance(self.overload, OpOverload) else self.overload.__name__
 
+    def new_state(self, name: str) -> int | None:
+        """Which output is the new value of the statistics ``name``; None if the op does not return any."""
+        outputs = [r.name for r in self.overload._schema.returns] if isinstance(self.overload, OpOverload) else []
+        return outputs.index(name + "_out") if name + "_out" in outputs else None
+
+    def recomposed(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]
+    ) -> tuple[OpOverload, list[Any]]:
+        """The op that this one is a decomposition of, and the arguments for it: from ``given``, or as in this call."""
+        whole = aten_overload(self.whole)
+        assert whole is not None, f"{self.overload} is no decomposition"
+        names = [argument.name for argument in whole._schema.arguments]
+        return whole, [given[name] if name in given else self.read(args, kwargs, name) for name in names]
+
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 
@@ -111,18 +129,20 @@ def _rows() -> Rows:
     yield from _norm_rows()
     for name in ("rrelu", "rrelu_", "rrelu_with_noise", "rrelu_with_noise.out", "rrelu_with_noise_"):
         yield name, {"family": "rrelu", "flag": "training"}
-    yield "rrelu_with_noise_functional", {"family": "rrelu", "flag": "training"}
+    functional = {"family": "rrelu", "flag": "training", "decomposed": True, "whole": "rrelu"}
+    yield "rrelu_with_noise_functional", functional
     yield from _rnn_rows()
     yield from _attention_rows()
     yield from _backward_rows()
 
 
 def _dropout_rows() -> Rows:
+    dropout = {"family": "dropout", "flag": "train", "p": "p"}
     for stem in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"):
-        for name in (stem, stem + "_"):
-            yield name, {"family": "dropout", "flag": "train", "p": "p"}
+        yield stem, dropout
+        yield stem + "_", dropout
     for name in ("native_dropout", "native_dropout.out"):
-        yield name, {"family": "dropout", "flag": "train", "p": "p"}  # train is bool?; None means train
+        yield name, {**dropout, "decomposed": True}  # train is bool?; None means train
     for name in ("_fused_dropout", "_fused_dropout.out"):
         yield name, {"family": "dropout", "p": "p", "refusal": _KERNEL}
 
@@ -143,13 +163,16 @@ def _norm_rows() -> Rows:
     for name in ("cudnn_batch_norm", "cudnn_batch_norm.out", "miopen_batch_norm", "miopen_batch_norm.out"):
         yield name, vendor
     for name in ("no_stats", "no_stats_out"):
-        yield f"_native_batch_norm_legit.{name}", {"family": "batch_norm", "flag": "training", "modeless": True}
-    yield "_native_batch_norm_legit_functional", {**plain, "decomposed": True, "refusal": _DECOMPOSED}
-    in_name = {**norm, "shown": ("momentum", "eps"), "decomposed": True, "refusal": _DECOMPOSED}
-    for stem in ("_native_batch_norm_legit_no_training", "_batch_norm_with_update", "_batch_norm_no_update"):
-        yield stem, in_name
-        yield stem + ".out", in_name
-    yield "_batch_norm_with_update_functional", in_name
+        columns = {"family": "batch_norm", "flag": "training", "modeless": True, "decomposed": True}
+        yield f"_native_batch_norm_legit.{name}", columns
+    apart = {**norm, "shown": ("momentum", "eps"), "decomposed": True, "refusal": _DECOMPOSED}
+    yield "_native_batch_norm_legit_functional", {**apart, "flag": "training", "whole": "batch_norm"}
+    yield "_batch_norm_with_update_functional", {**apart, "implied": True, "whole": "batch_norm"}
+    in_name = {"_native_batch_norm_legit_no_training": False, "_batch_norm_no_update": False,
+               "_batch_norm_with_update": True}  # fmt: skip
+    for stem, implied in in_name.items():
+        yield stem, {**apart, "implied": implied, "whole": "batch_norm"}
+        yield stem + ".out", {**apart, "implied": implied}
     # No counter: eager's InstanceNorm never advances num_batches_tracked.
     instance = {"family": "instance_norm", "flag": "use_input_stats", "stats": STATS, "shown": ("momentum", "eps")}
     yield "instance_norm", instance
@@ -189,7 +212,7 @@ def _attention_rows() -> Rows:
         "_triton_scaled_dot_attention",
         "_triton_scaled_dot_attention.out",
     ):
-        yield name, attention
+        yield name, {**attention, "decomposed": name != "scaled_dot_product_attention"}
     for name in ("_fused_sdp_choice", "_fill_mem_eff_dropout_mask_", "_flash_attention_forward_no_dropout_inplace"):
         yield name, {**attention, "refusal": _KERNEL}
     for name in ("_transformer_encoder_layer_fwd", "_native_multi_head_attention", "_triton_multi_head_attention"):

@@ -48,9 +48,6 @@ class Plan:
 def plan_binding(root: nn.Module, keep: Sequence[str], dropout_p: Mapping[str, float] | None = None) -> Plan:
     keep = (keep,) if isinstance(keep, str) else keep
     found = sites(root)
-    for site in found:
-        if site.op.decomposed:
-            raise decomposed(str(site))
     masks = _unclear(root)
     kept = _kept(found, keep, {module_path(mask) for mask in masks})
     modes, chosen, odd = _choose([site for site in found if site not in kept])
@@ -61,14 +58,6 @@ def plan_binding(root: nn.Module, keep: Sequence[str], dropout_p: Mapping[str, f
     first = bool(modes) and not any(site.bound for site in found)
     unclear = [m for m in masks if any(modes.values()) and not _matches_any(module_path(m), keep)]
     return Plan(first, any(modes.values()), modes, bindable, stuck, odd, kept, unclear, overriding(bindable), supplied)
-
-
-def decomposed(where: str) -> BindError:
-    return BindError(
-        "the program is decomposed, and bind does not treat decomposed programs yet",
-        where=where,
-        remedy="bind the result of torch.export.export(), and decompose after exporting the bound module again",
-    )
 
 
 def _kept(found: list[Site], keep: Sequence[str], other_owners: set[str]) -> set[Site]:
@@ -186,10 +175,13 @@ def _warn_stuck(plan: Plan, stacklevel: int) -> None:
     if not plan.stuck:
         return
     lines = [f"  {site.node.name} (owner {site.owner!r}): {why}" for site, why in plan.stuck]
+    remedy = f"export in {'eval' if plan.program else 'train'} mode, which keeps what they need"
+    if any(site.op.decomposed for site, _ in plan.stuck):
+        remedy = "bind the program before run_decompositions()"
     warnings.warn(
         f"{len(lines)} sites keep their exported mode and will not follow train() and eval():\n"
         + "\n".join(lines[:5] + ([f"  and {len(lines) - 5} more, see compile_modes.explain()"] if lines[5:] else []))
-        + f"\n  what to do: export in {'eval' if plan.program else 'train'} mode, which keeps what they need",
+        + f"\n  what to do: {remedy}",
         ModeWarning,
         stacklevel=stacklevel,
     )

@@ -136,8 +136,12 @@ def _behind_views(node: Any) -> Any:
 def _mask(body: Body, sampler: fx.Node, order: dict[fx.Node, int]) -> Region | None:
     """The region around one sampler: what is made of its numbers alone, and the nodes that apply it to a value."""
     drawn: set[fx.Node] = {sampler}
-    if sampler.target not in _SHAPED and not all(_constant(body, n, drawn) for n in _inputs(body, sampler)):
-        return None  # drawn from values of the model
+    for node in _inputs(body, sampler):
+        made: set[fx.Node] = set()
+        if _constant(body, node, made):
+            drawn |= made
+        elif sampler.target not in _SHAPED:
+            return None  # drawn from values of the model
     applied: list[fx.Node] = []
     x: fx.Node | None = None
     for node in list(order)[order[sampler] + 1 :]:

@@ -34,6 +34,7 @@ HARD_CODED, KEPT = "hard-coded", "kept"
 _ATTENTION = nn.MultiheadAttention
 _SOFTMAX = (torch.ops.aten.softmax.int, torch.ops.aten._softmax.default)
 BOUND = "compile_modes_bound"  # in the meta of a GraphModule that bind() has seen
+REMARKS = "compile_modes_remarks"  # there too: what depends on mode and is no site, a line each for explain()
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +104,7 @@ class Site:
         if self.modeless or self.training is training:
             return ""
         if self.op.refusal:
-            return self.op.refusal
+            return note(self.node).get("refusal") or self.op.refusal
         if self.training is None:
             return f"its {self.op.flag or self.op.p} is computed in the graph"
         if not training or self.bound:

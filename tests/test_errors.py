@@ -1,5 +1,3 @@
-import copy
-
 import pytest
 import torch
 from expecttest import assert_expected_inline
@@ -34,25 +32,6 @@ the pattern 'block1.bm' matches no mode-dependent site
   what to do: owners here: 'block1.bn', 'block2.bn', 'block1.drop'""",
     )
     assert gm.code == code
-
-
-def test_what_bind_says_of_a_decomposed_program():
-    ep = torch.export.export(ConvNet(), (IMAGE,)).run_decompositions()
-    module = ep.module()
-    state, code = copy.deepcopy(module.state_dict()), module.code
-    with pytest.raises(cm.BindError) as error:
-        cm.bind(ep)
-    assert_expected_inline(
-        str(error.value),
-        """\
-the program is decomposed, and bind does not treat decomposed programs yet
-  where: an ExportedProgram in the ATEN dialect
-  what to do: bind the result of torch.export.export(), and decompose after exporting the bound module again""",
-    )
-    with pytest.raises(cm.BindError, match="decomposed"):
-        cm.bind(module)
-    assert module.code == code
-    assert all(torch.equal(a, b) for a, b in zip(state.values(), module.state_dict().values(), strict=True))
 
 
 def test_what_a_misspelt_option_says(no_inductor):

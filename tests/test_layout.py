@@ -9,9 +9,9 @@ PACKAGE = Path(compile_modes.__file__).parent
 # Each file imports only from files to its left.
 ORDER = [
     "_compat", "errors", "dual", "container", "storages", "loader", "archive", "counters", "gates", "cumulative", "ops",
-    "bodies", "source", "regions", "folding", "flags", "sites", "listing", "rewrite", "planning", "binding", "pairing",
-    "exporting", "saving", "capture", "forms", "forms.recurrent", "backend", "exported", "demo", "__init__",
-    "__main__",
+    "bodies", "source", "regions", "folding", "flags", "sites", "listing", "rewrite", "recompose", "remarks",
+    "planning", "binding", "pairing", "exporting", "saving", "capture", "forms", "forms.recurrent", "backend",
+    "exported", "demo", "__init__", "__main__",
 ]  # fmt: skip
 
 
