@@ -82,7 +82,7 @@ CASES = [
     vision("mobilenet_v3_small"),
     vision("efficientnet_b0"),
     vision("densenet121", drop_rate=0.1),
-    vision("inception_v3", size=139, aux_logits=True, init_weights=False, dual=True),
+    vision("inception_v3", size=299, batch=3, aux_logits=True, init_weights=False, dual=True),
     vision("googlenet", aux_logits=True, init_weights=False, dual=True),
     vision("swin_t", attention_dropout=0.1, dropout=0.1),
     vision("vit_b_16", image_size=64, attention_dropout=0.1, dropout=0.1, batch=2),
