@@ -15,6 +15,7 @@ from compile_modes.errors import BindError, CompileModesError
 from compile_modes.flags import is_flag
 from compile_modes.folding import unfold
 from compile_modes.gates import GATES
+from compile_modes.listing import reused
 from compile_modes.recompose import recompose
 from compile_modes.remarks import remark
 from compile_modes.rewrite import (
@@ -96,6 +97,8 @@ def carry_out(plan: planning.Plan, root: nn.Module) -> None:
             module.training = plan.program
     for site in plan.bindable:
         root.get_submodule(site.owner).training = plan.modes[site.owner]
+        if reused(site):
+            add_note(site.node, reused=True)
     for site in plan.odd:
         add_note(site.node, mode=HARD_CODED)
     for site in plan.kept:

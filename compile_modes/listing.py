@@ -1,17 +1,18 @@
 """A program's sites as text."""
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from torch import fx, nn
 from torch._ops import OpOverload
 
 from compile_modes import _compat
-from compile_modes.bodies import Body, bodies, module_path, state_path
+from compile_modes.bodies import Body, bodies, module_classes, module_path, state_path
 from compile_modes.dual import DualModule
 from compile_modes.ops import lookup
 from compile_modes.regions import samplers
-from compile_modes.sites import REMARKS, Site, graph_root, overriding, sites
+from compile_modes.sites import REMARKS, Site, graph_root, note, sites
 
 
 def explain(obj: Any) -> str:
@@ -32,6 +33,18 @@ def explain(obj: Any) -> str:
     return "\n".join(lines + _remarks(root, found))
 
 
+def reused(site: Site) -> bool:
+    """Whether users of a dropout exported in eval may have been users of its input: the two are one tensor there."""
+    first = site.op.family == "dropout" and site.training is False and not site.bound and len(site.node.users) > 1
+    return first or bool(note(site.node).get("reused"))
+
+
+def overriding(found: Iterable[Site]) -> list[str]:
+    """Classes with a ``train()`` of their own above sites in eval, which it may be that keeps them there."""
+    classes = {kind for site in found if site.training is False for kind in module_classes(site.node)}
+    return sorted(kind.__qualname__ for kind in classes if kind is not None and kind.train is not nn.Module.train)
+
+
 def _table(found: list[Site]) -> list[str]:
     rows = [("op", "owner", "mode", "held by", "literals", "limits")]
     rows += [(str(s.op), s.owner or "(root)", *_described(s)) for s in found]
@@ -46,6 +59,9 @@ def _remarks(root: nn.Module, found: list[Site]) -> list[str]:
     known = {node for site in found for node in (site.node, site.step, *(site.region.nodes if site.region else ()))}
     lines: list[str] = list(getattr(root, "meta", {}).get(REMARKS, ()))
     lines += [f"not called: train() of {name}, which overrides nn.Module's" for name in overriding(found)]
+    lines += [
+        f"exported in eval: users of the input of {s} may stand as users of its result" for s in found if reused(s)
+    ]
     for body in bodies(root):
         if body.gated:
             continue

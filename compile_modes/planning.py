@@ -10,9 +10,10 @@ from torch import fx, nn
 
 from compile_modes.bodies import bodies, is_batch_norm, module_path
 from compile_modes.errors import BindError, ModeWarning, OptionError
+from compile_modes.listing import overriding
 from compile_modes.regions import regions
 from compile_modes.rewrite import no_match, owner_matches
-from compile_modes.sites import KEPT, Site, note, overriding, sites
+from compile_modes.sites import KEPT, Site, note, sites
 
 
 @dataclass

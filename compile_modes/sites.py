@@ -18,7 +18,6 @@ from compile_modes.bodies import (
     is_batch_norm,
     join,
     module_class,
-    module_classes,
     module_path,
     state_path,
 )
@@ -238,12 +237,6 @@ def _has_statistics(body: Body, owner: str) -> bool:
     while body.parent is not None:
         body = body.parent
     return isinstance(attribute(body.module, join(owner, "running_mean")), torch.Tensor)
-
-
-def overriding(found: Iterable[Site]) -> list[str]:
-    """Classes with a ``train()`` of their own above sites in eval, which it may be that keeps them there."""
-    classes = {kind for site in found if site.training is False for kind in module_classes(site.node)}
-    return sorted(kind.__qualname__ for kind in classes if kind is not None and kind.train is not nn.Module.train)
 
 
 def _attach_counters(root: nn.Module, graphs: Iterable[Body], found: Iterable[Site]) -> None:

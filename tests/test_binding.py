@@ -427,3 +427,61 @@ v2 = aten.dropout.default(v1, 0.25, drop.training)
 return (v2)""",
         )
         agrees(reference, bound, inputs=[VECTORS], tolerance=0.0)
+
+
+class Weights(nn.Module):
+    """Attention that returns its weights, whose dropout node an eval export lacks."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, dropout=p, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.attention(x, x, x)
+
+
+@pytest.mark.parametrize(
+    ("build", "owner"),
+    [(Attention, ""), (Weights, "attention"), (lambda p: nn.TransformerEncoderLayer(8, 2, 16, p), "self_attn")],
+)
+def test_attention_dropout_that_an_eval_export_has_lost_can_be_supplied(build, owner):
+    x = torch.randn(2, 5, 8)
+    reference = build(0.3)
+    program = export(copy.deepcopy(reference).eval(), x)
+    with pytest.warns(cm.ModeWarning, match=f"owner '{owner}'.*(its p is lost)"):
+        cm.bind(program)
+    bound = cm.bind(program, dropout_p={owner or "": 0.3})
+    agrees(reference, bound, inputs=[x], tolerance=0.0)
+
+
+@pytest.mark.parametrize(
+    ("dropout_p", "error", "says"),
+    [
+        ({"block": 0.1}, cm.OverrideError, "'block' matches no attention site"),
+        ({"": 1.5}, cm.OptionError, "1.5 is no probability"),
+        ({"": "0.1"}, cm.OptionError, "'0.1' is no probability"),
+        (0.1, cm.OptionError, "0.1 is no mapping"),
+    ],
+)
+def test_unusable_probabilities(dropout_p, error, says):
+    program = export(Attention().eval(), torch.randn(2, 5, 8))
+    with pytest.raises(error, match=says):
+        cm.bind(program, dropout_p=dropout_p)
+    with pytest.raises(cm.OptionError, match="has kept its own probability"):
+        cm.bind(export(Attention(), torch.randn(2, 5, 8)), dropout_p={"": 0.1})
+
+
+def test_explain_names_eval_dropouts_whose_input_may_be_used_again():
+    class Reuse(nn.Module):
+        def forward(self, x):
+            y = x + 1
+            return F.dropout(y, 0.2, self.training) * 2 + y
+
+    says = "exported in eval: users of the input of dropout"
+    program = export(Reuse().eval(), VECTORS)
+    assert says in cm.explain(program)
+    assert says in cm.explain(cm.bind(program))
+    assert says not in cm.explain(cm.bind(export(Reuse(), VECTORS)))
+    agrees_in_outputs = cm.bind(export(Reuse(), VECTORS))
+    for mode in (True, False):
+        same_outputs(Reuse().train(mode), agrees_in_outputs.train(mode), VECTORS)
