@@ -101,6 +101,10 @@ def _plan(bindable: list[Site], odd: list[Site], inverted: Mapping[Site, float |
 
 def _dual(train: Any, evaluation: Any, difference: str) -> DualModule:
     """Binds both programs to the same flags."""
+    for root, mode in ((train, True), (evaluation, False)):
+        for site in sites(root):
+            if site.training is (not mode):  # all flags had the program's mode, so this is no flag
+                add_note(site.node, mode=HARD_CODED)
     lost = _compare_by_owner(train, evaluation)
     carry_out(plan_binding(train, ()), train)
     share(train, evaluation)
@@ -112,9 +116,9 @@ def _dual(train: Any, evaluation: Any, difference: str) -> DualModule:
 def _compare_by_owner(train: nn.Module, evaluation: nn.Module) -> dict[str, float]:
     """What programs that can't be paired say of each other, site by site within an owner that has the same in both.
 
-    Notes hard-coded flags; returns the attention dropout that the eval program has lost.
+    Notes flags of the train program that are hard-coded; returns the attention dropout that the eval program has lost.
     """
-    lost: dict[str, float] = {}
+    lost: dict[str, set[float]] = {}
     grouped: list[dict[tuple[str, str], list[Site]]] = [{}, {}]
     for groups, root in zip(grouped, (train, evaluation), strict=True):
         for site in sites(root):
@@ -122,9 +126,8 @@ def _compare_by_owner(train: nn.Module, evaluation: nn.Module) -> dict[str, floa
     for key, ours in grouped[0].items():
         theirs: Sequence[Site] = grouped[1].get(key, ())
         for a, b in zip(ours, theirs, strict=False) if len(ours) == len(theirs) else ():
-            if a.op.flag is not None and a.training is b.training is not None:
+            if a.training is b.training is not None:
                 add_note(a.node, mode=HARD_CODED)
-                add_note(b.node, mode=HARD_CODED)
-            elif a.op.family == "attention" and a.p and not b.p:
-                lost[a.owner] = a.p
-    return lost
+            elif a.op.family == "attention" and a.p:
+                lost.setdefault(a.owner, set()).add(a.p)
+    return {owner: probabilities.pop() for owner, probabilities in lost.items() if len(probabilities) == 1}

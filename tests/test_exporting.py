@@ -84,7 +84,22 @@ class Schedule(nn.Module):
         return F.dropout(self.fc(x), 0.3 if self.training else 0.1) * torch.tensor(1.0 + self.training)
 
 
+class AlwaysOn(nn.Module):
+    """A dropout that eval has too, among others that only train has; two attentions of one owner."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = F.dropout(self.fc(x), 0.2)
+        q = x[None]
+        a, b = (F.scaled_dot_product_attention(q, q, q, dropout_p=p if self.training else 0.0)[0] for p in (0.1, 0.4))
+        return F.dropout(a + b, 0.3).relu() if self.training else a + b + 1
+
+
 DUAL = [
+    pytest.param(AlwaysOn, TOKENS, "aten.", id="always-on"),
     pytest.param(Auxiliary, IMAGE, "the structure of the outputs", id="auxiliary"),
     pytest.param(LayerDrop, TOKENS, "nothing more in train, aten.linear.default", id="layer-drop"),
     pytest.param(Schedule, X, "aten.lift_fresh_copy.default", id="schedule"),
