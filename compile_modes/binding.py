@@ -29,7 +29,7 @@ from compile_modes.rewrite import (
     set_argument,
     write_literal,
 )
-from compile_modes.sites import BOUND, HARD_CODED, KEPT, add_note, graph_root, note, sites
+from compile_modes.sites import BOUND, HARD_CODED, KEPT, Site, add_note, graph_root, note, sites
 from compile_modes.source import Source
 
 _CELL = "_mode_cell"
@@ -64,6 +64,8 @@ def bind(exported: Any, *, keep: Sequence[str] = (), dropout_p: Mapping[str, flo
             parts that are no sites any more.
     """
     if isinstance(getattr(exported, "_orig_mod", exported), DualModule):
+        if keep or dropout_p:
+            raise BindError("the module is bound already", remedy="pass keep and dropout_p when binding a program")
         return exported  # bound when it was made
     root = graph_root(exported)
     program = exported if isinstance(exported, torch.export.ExportedProgram) else None
@@ -105,6 +107,8 @@ def carry_out(plan: planning.Plan, root: nn.Module) -> None:
         add_note(site.node, mode=KEPT)
     if isinstance(root, fx.GraphModule):
         root.meta[BOUND] = True
+    for site in plan.inverted:
+        add_note(site.node, inverted=True)
     edited = _bind_sites(root, plan)
     for module in [root, *(body.module for body in bodies(root))]:
         module.__dict__.pop("train", None)  # the methods by which export forbids what now works
@@ -137,7 +141,7 @@ def bake(module: _M, training: bool | None = None) -> _M:
         raise BindError("no site is bound", where=type(root).__name__, remedy="use set_mode() on an unbound graph")
     edited: set[nn.Module] = set()
     for site in bound:
-        mode = site.training if training is None else training
+        mode = site.training if training is None else training is not site.inverted
         if site.op.flag is None:  # the literal probability, before write_literal decides what stays of it
             set_argument(site, str(site.op.p), site.p)
             site.bound = False
@@ -222,13 +226,20 @@ def _bind_sites(root: nn.Module, plan: planning.Plan) -> set[nn.Module]:
             loosen_views(site.node)
         edited.add(site.body.module)
         if site.step is not None:
-            body = graphs[site.step.graph]
-            counters.bind(site.step, _flag(root, body, site.owner))
-            edited.add(body.module)
+            edited.add(_bind_step(root, graphs, site))
         elif site.counter_at is not None:
             insert_step(site.counter_at, _flag(root, site.counter_at.body, site.owner))
             edited.add(site.counter_at.body.module)
+    edited |= {_bind_step(root, graphs, site) for site in plan.counting}
     return edited
+
+
+def _bind_step(root: nn.Module, graphs: Mapping[fx.Graph, Body], site: Site) -> nn.Module:
+    """Makes the step of a site's counter follow the owner; returns the module whose graph it stands in."""
+    assert site.step is not None
+    body = graphs[site.step.graph]
+    counters.bind(site.step, _flag(root, body, site.owner))
+    return body.module
 
 
 def _flag(root: nn.Module, body: Body, owner: str) -> fx.Node:

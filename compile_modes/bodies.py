@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import torch
 from torch import fx, nn
 
 from compile_modes import _compat, counters, gates
@@ -73,6 +74,17 @@ def own(root: nn.Module) -> bool:
 def canonical(path: str) -> str:
     """A module path without export's call indices: the second call of ``bn`` is recorded as ``bn@1``."""
     return re.sub(r"@\d+(?=\.|$)", "", path)
+
+
+def hoist_constants(root: nn.Module) -> None:
+    """Moves the constants of a program out of its submodules, where another program may have others of the name."""
+    for node in root.graph.find_nodes(op="get_attr"):  # type: ignore[union-attr, operator]
+        path, _, name = str(node.target).rpartition(".")
+        holder = attribute(root, path) if path else root
+        if path and isinstance(vars(holder).get(name), torch.Tensor):
+            node.target = f"_constant_{len(vars(root))}"
+            setattr(root, node.target, vars(holder)[name])
+    _compat.refresh(root)
 
 
 def join(prefix: str, name: str) -> str:

@@ -1,13 +1,9 @@
 """Two programs of one model, for what flags can't express: its ``forward`` runs the one for ``self.training``."""
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import fx, nn
-
-from compile_modes.errors import ExportError
 
 
 class DualModule(nn.Module):
@@ -84,26 +80,12 @@ def share(train: nn.Module, evaluation: nn.Module) -> None:
 
 
 def _merge(one: nn.Module, other: nn.Module) -> None:
-    """Gives a submodule what only the other program's has: parameters, buffers, constants."""
+    """Gives a submodule the parameters and buffers that only the other program's has."""
     for name, parameter in other._parameters.items():
         one._parameters.setdefault(name, parameter)
     for name, buffer in other._buffers.items():
         if name not in one._buffers:
             one.register_buffer(name, buffer, persistent=name not in other._non_persistent_buffers_set)
-    for name, constant in _constants(other):
-        present = getattr(one, name, constant)
-        if not isinstance(present, torch.Tensor) or not torch.equal(present, constant):
-            raise ExportError(
-                f"the tensor {name!r} of a submodule differs between train and eval",
-                remedy="register it as a buffer, or compute it in forward",
-            )
-        setattr(one, name, constant)
-
-
-def _constants(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, value in vars(module).items():
-        if isinstance(value, torch.Tensor):
-            yield name, value
 
 
 def _private(name: str, module: nn.Module) -> bool:

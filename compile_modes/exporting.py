@@ -8,14 +8,14 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from compile_modes.binding import carry_out
-from compile_modes.bodies import own
+from compile_modes.bodies import hoist_constants, own
 from compile_modes.cumulative import exportable
 from compile_modes.dual import DualModule, share
 from compile_modes.errors import ExportError
 from compile_modes.folding import fold
 from compile_modes.pairing import Pairing, pair
 from compile_modes.planning import Plan, plan_binding
-from compile_modes.sites import HARD_CODED, Site, add_note, sites
+from compile_modes.sites import HARD_CODED, KEPT, Site, add_note, sites
 from compile_modes.source import Source, flags, set_flags
 
 
@@ -27,7 +27,8 @@ def export(
     The model is exported twice (non-strict), once in each mode, and the sites of the two programs are paired. That
     tells flags that follow ``training`` from those that are written into the model or inverted, and finds random masks.
     Where the programs differ in flags only, the result is one bound GraphModule. Otherwise (auxiliary outputs,
-    skipped layers, probabilities that depend on mode) it holds both programs and runs the one of its own mode.
+    skipped layers, probabilities that depend on mode) it holds both programs and runs the one of its own mode; there,
+    what Python decided in a submodule follows the mode of the root.
 
     Args:
         model: the eager module. Parameters and buffers are shared with the result, not copied. Its modes stay as they
@@ -38,23 +39,43 @@ def export(
         A module with the submodules, ``state_dict`` and modes of ``model``.
 
     Raises:
-        ExportError: one of the exports fails; its cause is the exception's ``__cause__``.
+        ExportError: one of the exports fails (its cause is the exception's ``__cause__``), or the model's ``train()``
+            changes its weights.
     """
+    model = getattr(model, "_orig_mod", model)
     if not isinstance(model, nn.Module) or isinstance(model, torch.fx.GraphModule):
         raise ExportError(
             f"{type(model).__name__} is not an eager module",
             remedy="pass the model itself; bind() gives modes to a program that was exported already",
         )
-    modes = flags(model)
+    modes, before = flags(model), _digest(model)
     programs = {}
     try:
         for training in (False, True):
             model.train(training)
             with exportable(model):
                 programs[training] = _export(model, training, args, kwargs, dynamic_shapes)
+        if _digest(model) != before:
+            raise ExportError(
+                "the state of the model changes with its mode, but its two programs share it",
+                where=type(model).__name__,
+                remedy="undo what its train() does to parameters and buffers (a merge of weights, say) before export",
+            )
     finally:
+        model.train(modes[""])  # for models whose train() does more
         set_flags(model, modes)
     return assemble(programs[True], programs[False], modes)
+
+
+def _digest(model: nn.Module) -> list[str]:
+    """Tells the state of a model from another one, without a copy."""
+    digests = []
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_meta or nn.parameter.is_lazy(tensor) or tensor.is_complex():
+            continue
+        values = tensor.detach().double()
+        digests.append(f"{tensor.data_ptr()} {values.sum().item()} {values.abs().sum().item()}")
+    return digests
 
 
 def _export(model: nn.Module, training: bool, args: Any, kwargs: Any, dynamic_shapes: Any) -> Any:
@@ -87,9 +108,15 @@ def _single(root: nn.Module, found: Pairing) -> nn.Module:
     calls = [fold(region, body) for region, body in found.left_out]
     by_node = {site.node: site for site in sites(root)}
     bindable = [by_node[node] for node in (*found.bound, *found.inverted, *calls)]
+    for site in by_node.values():
+        if site.step in found.kept_steps:  # counts in both modes: the model's own statement
+            add_note(site.step, mode=KEPT)
+            site.step = None
     odd = [by_node[node] for node in found.fixed]
     odd += [site for site in by_node.values() if site.region is not None]  # a mask that eval has as well
-    carry_out(_plan(bindable, odd, {by_node[node]: p for node, p in found.inverted.items()}), root)
+    plan = _plan(bindable, odd, {by_node[node]: p for node, p in found.inverted.items()})
+    plan.counting = [site for site in odd if site.step in found.left_out_steps]
+    carry_out(plan, root)
     return root
 
 
@@ -107,6 +134,8 @@ def _dual(train: Any, evaluation: Any, difference: str) -> DualModule:
                 add_note(site.node, mode=HARD_CODED)
     lost = _compare_by_owner(train, evaluation)
     carry_out(plan_binding(train, ()), train)
+    for root in (train, evaluation):
+        hoist_constants(root)
     share(train, evaluation)
     plan = plan_binding(evaluation, (), lost)
     carry_out(plan, evaluation)

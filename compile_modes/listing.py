@@ -87,7 +87,9 @@ def _written(body: Body, node: fx.Node) -> list[str]:
 
 def _described(site: Site) -> tuple[str, str, str, str]:
     mode = {True: "train", False: "eval", None: "-"}[site.training]
-    held = "flag" if site.bound else "hard-coded" if site.hard_coded else "literal"
+    held = (
+        "flag, inverted" if site.inverted else "flag" if site.bound else "hard-coded" if site.hard_coded else "literal"
+    )
     literals = ", ".join(f"{name}={value}" for name, value in site.literals.items())
     limits = [f"not to {name}: {why}" for name, t in (("train", True), ("eval", False)) if (why := site.refusal(t))]
     if site.modeless:

@@ -5,6 +5,7 @@ is (train, eval) follows its owner, (train, train) and (eval, eval) are hard-cod
 else the two programs differ in is Python's doing, and takes both of them.
 """
 
+import copy
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ class Pairing:
         fixed: sites that are in the same mode whatever the flag.
         inverted: sites that are in eval when their owner trains, with the probability that the train export has lost.
         left_out: the regions that eval lacks.
+        kept_steps, left_out_steps: steps of counters that both modes take, and that eval doesn't.
         difference: what else differs, and where; empty if one graph with flags can be both.
     """
 
@@ -40,10 +42,12 @@ class Pairing:
     fixed: list[fx.Node] = field(default_factory=list)
     inverted: dict[fx.Node, float | None] = field(default_factory=dict)
     left_out: list[tuple[Region, Body]] = field(default_factory=list)
+    kept_steps: set[fx.Node] = field(default_factory=set)
+    left_out_steps: set[fx.Node] = field(default_factory=set)
     difference: str = ""
 
     def copy(self) -> "Pairing":
-        return Pairing(self.bound[:], self.fixed[:], self.inverted.copy(), self.left_out[:], self.difference)
+        return Pairing(**{name: copy.copy(value) for name, value in vars(self).items()})
 
 
 class _Differ(Exception):
@@ -161,6 +165,8 @@ class _Walk:
             return False
         if len(called[0]) != len(called[1]) or not all(map(self.attempt, *called)):
             return False
+        if a in self.steps:
+            self.found.kept_steps.add(a)
         # In eval, a dropout returns the very tensor that it was given. Later uses of either are recorded as uses of the
         # dropout, so the two must not be told apart where they are the same.
         identity = sides[1] is not None and sides[1].op.family == "dropout" and sides[1].training is False
@@ -220,6 +226,8 @@ class _Walk:
                 self.found.bound.append(node)
         elif node not in self.steps and node.target not in _LAYOUT and (node.users or node.is_impure()):
             return False
+        if node in self.steps:
+            self.found.left_out_steps.add(node)
         self.tokens[side][node] = self.value(side, node.args[0] if node.args else None)
         return True
 

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from compile_modes.bodies import bodies, is_batch_norm, module_path
 from compile_modes.errors import BindError, ModeWarning, OptionError
-from compile_modes.listing import overriding
+from compile_modes.listing import overriding, reused
 from compile_modes.regions import regions
 from compile_modes.rewrite import no_match, owner_matches
 from compile_modes.sites import KEPT, Site, note, sites
@@ -30,6 +30,7 @@ class Plan:
         kept: sites that the caller wants to keep theirs.
         overriding: classes of the model that override ``train()``, which a bound module does not call.
         unclear: random masks that may or may not depend on mode.
+        counting: sites that keep their literal, but whose counter follows their owner.
         supplied: probabilities that the export has lost and the caller knows.
     """
 
@@ -44,6 +45,7 @@ class Plan:
     overriding: list[str] = field(default_factory=list)
     supplied: dict[Site, float] = field(default_factory=dict)
     inverted: set[Site] = field(default_factory=set)
+    counting: list[Site] = field(default_factory=list)
 
 
 def plan_binding(root: nn.Module, keep: Sequence[str], dropout_p: Mapping[str, float] | None = None) -> Plan:
@@ -51,6 +53,7 @@ def plan_binding(root: nn.Module, keep: Sequence[str], dropout_p: Mapping[str, f
     found = sites(root)
     masks = _unclear(root)
     kept = _kept(found, keep, {module_path(mask) for mask in masks})
+    was_inverted = {site for site in found if note(site.node).get("inverted") and not site.bound}
     modes, chosen, odd = _choose([site for site in found if site not in kept])
     supplied = _supplied(found, dropout_p)
     stuck = [(s, why) for s in chosen if s not in supplied and (why := s.refusal(not s.training))]
@@ -58,7 +61,19 @@ def plan_binding(root: nn.Module, keep: Sequence[str], dropout_p: Mapping[str, f
     _check_names(root, {site.owner for site in bindable})
     first = bool(modes) and not any(site.bound for site in found)
     unclear = [m for m in masks if any(modes.values()) and not _matches_any(module_path(m), keep)]
-    return Plan(first, any(modes.values()), modes, bindable, stuck, odd, kept, unclear, overriding(bindable), supplied)
+    return Plan(
+        first,
+        any(modes.values()),
+        modes,
+        bindable,
+        stuck,
+        odd,
+        kept,
+        unclear,
+        overriding(bindable),
+        supplied,
+        was_inverted & set(bindable),
+    )
 
 
 def _kept(found: list[Site], keep: Sequence[str], other_owners: set[str]) -> set[Site]:
@@ -93,6 +108,10 @@ def _supplied(found: list[Site], dropout_p: Any) -> dict[Site, float]:
     owners = sorted({site.owner for site in attention})
     supplied: dict[Site, float] = {}
     for pattern, p in dropout_p.items():
+        if not isinstance(pattern, str):
+            raise OptionError(
+                f"{pattern!r} is not an owner glob", where="dropout_p", remedy='pass {"*.self_attn": 0.1}'
+            )
         if not isinstance(p, float | int) or not 0 <= p < 1:
             raise OptionError(
                 f"{p!r} is no probability", where=f"dropout_p[{pattern!r}]", remedy="pass a number from 0 to below 1"
@@ -118,14 +137,21 @@ def _choose(found: list[Site]) -> tuple[dict[str, bool], list[Site], list[Site]]
     votes: dict[str, list[bool]] = {}
     for site in candidates:
         if site.op.flag is not None or site.training:  # attention without dropout is the same in both modes
-            votes.setdefault(site.owner, []).append(bool(site.training))
+            votes.setdefault(site.owner, []).append(_flag(site))
     program = _majority([vote for owner in votes.values() for vote in owner])
     for owner, own_votes in votes.items():
         modes.setdefault(owner, _majority(own_votes, program))
-    chosen = [s for s in candidates if modes.setdefault(s.owner, program) is s.training]
+    # A mask in an eval program is there in both modes.
+    always = [s for s in candidates if s.region is not None and not program]
+    chosen = [s for s in candidates if modes.setdefault(s.owner, program) is _flag(s) and s not in always]
     odd = [s for s in candidates if s not in chosen and (s.op.flag is not None or s.training)]
     # Attention whose p is 0 while its owner trains had no dropout: there is nothing to bind.
     return modes, [s for s in chosen if s.op.flag is not None or s.training or not program], odd
+
+
+def _flag(site: Site) -> bool:
+    """The flag that a literal stands for."""
+    return bool(site.training) != bool(note(site.node).get("inverted"))
 
 
 def _majority(votes: list[bool], tie: bool = False) -> bool:
@@ -154,6 +180,7 @@ def warn(plan: Plan, stacklevel: int) -> None:
     """Says what will not follow ``train()`` and ``eval()``; ``stacklevel`` as for :func:`warnings.warn`."""
     _warn_stuck(plan, stacklevel + 2)
     _warn_uncounted(plan, stacklevel + 2)
+    _warn_reused(plan, stacklevel + 2)
     if plan.overriding:
         warnings.warn(
             f"train() is overridden by {', '.join(plan.overriding[:5])}, but that of a bound module sets all flags "
@@ -186,6 +213,19 @@ def _warn_stuck(plan: Plan, stacklevel: int) -> None:
         ModeWarning,
         stacklevel=stacklevel,
     )
+
+
+def _warn_reused(plan: Plan, stacklevel: int) -> None:
+    again = [site for site in plan.bindable if reused(site)]
+    if again:
+        named = ", ".join(map(str, again[:3]))
+        warnings.warn(
+            f"{len(again)} dropouts exported in eval mode have several users: {named}\n  If the model uses the input "
+            "of one of them again, train mode is wrong: in eval the two are one tensor, and export can't tell.\n"
+            "  what to do: export in train mode, or compile_modes.export(model, args)",
+            ModeWarning,
+            stacklevel=stacklevel,
+        )
 
 
 def _warn_uncounted(plan: Plan, stacklevel: int) -> None:

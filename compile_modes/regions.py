@@ -28,6 +28,7 @@ _MIXING = frozenset(
     }.items()
     for overload in overloads
 )
+_ADDING = frozenset(getattr(aten, name).Tensor for name in ("add", "add_", "sub", "sub_"))
 _SCALING = frozenset({aten.div.Tensor, aten.mul.Tensor})
 # These use the shape of their operand only; a mask is often filled into one of them.
 _SHAPED = frozenset(
@@ -208,7 +209,10 @@ def _owned(body: Body, masks: list[Region]) -> Iterator[Region]:
         if node.op == "call_function" and node not in inside and isinstance(_value(node), torch.Tensor)
     }
     for mask in masks:
-        covers = bool(mask.node.meta.get("nn_module_stack")) and module_path(mask.node) not in mixed_in
+        # Added noise is more often there in both modes than not.
+        masks_x = not any(node.target in _ADDING for node in mask.nodes if mask.results[0][1] in node.all_input_nodes)
+        alone = bool(mask.node.meta.get("nn_module_stack")) and module_path(mask.node) not in mixed_in
+        covers = alone and masks_x
         yield Region(mask.gate, mask.nodes, mask.results, mask.operands, covers)
 
 

@@ -244,7 +244,11 @@ def _attach_counters(root: nn.Module, graphs: Iterable[Body], found: Iterable[Si
     steps: dict[str, list[fx.Node]] = {}
     for body in graphs:
         for node in body.graph.nodes:
-            if counters.is_counter(node) and (path := state_path(body, node.args[0])) is not None:
+            if (
+                counters.is_counter(node)
+                and note(node).get("mode") != KEPT
+                and (path := state_path(body, node.args[0])) is not None
+            ):
                 steps.setdefault(path, []).append(node)
     by_counter: dict[str, list[Site]] = {}
     for site in found:

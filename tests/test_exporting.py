@@ -1,4 +1,5 @@
 import copy
+import warnings
 
 import pytest
 import torch
@@ -29,6 +30,9 @@ SINGLE = [
     pytest.param(HardCoded, X, id="hard-coded"),
     pytest.param(EveryFlag, X, id="every-flag"),
     pytest.param(lambda: Reuse(), X, id="reuse"),
+    pytest.param(lambda: nn.Sequential(nn.Linear(4, 4), GaussianNoise(True)), X, id="gaussian-noise"),
+    pytest.param(lambda: nn.Sequential(OwnCounter(True), nn.Dropout(0.1)), X, id="counts-always"),
+    pytest.param(lambda: nn.Sequential(OwnCounter(False), nn.Dropout(0.1)), X, id="normalises-always"),
     pytest.param(MixedMask, X, id="mixed-mask"),
     pytest.param(Sampler, X, id="sampler"),
     pytest.param(lambda: Residual(DropPath(0.3), DropPath(0.2, "floor")), IMAGE, id="drop-path"),
@@ -98,7 +102,53 @@ class AlwaysOn(nn.Module):
         return F.dropout(a + b, 0.3).relu() if self.training else a + b + 1
 
 
+class GaussianNoise(nn.Module):
+    def __init__(self, mode):
+        super().__init__()
+        self.mode = mode
+
+    def forward(self, x):
+        return x + 0.1 * torch.randn_like(x) if self.training is self.mode else x
+
+
+class OwnCounter(nn.BatchNorm1d):
+    """Counts in both modes, or normalises with batch statistics in both."""
+
+    def __init__(self, always_counts):
+        super().__init__(4)
+        self.always_counts = always_counts
+
+    def forward(self, x):
+        if self.training or self.always_counts:
+            self.num_batches_tracked.add_(1)
+        training = self.training or not self.always_counts
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training, 0.2, self.eps)
+
+
+class InvertedBeside(nn.Module):
+    """An inverted dropout and one that is always on in a submodule, constants of both modes, and other outputs."""
+
+    class Inner(nn.Module):
+        def forward(self, x):
+            x = F.dropout(x, 0.4, not self.training)
+            if self.training:
+                x = F.dropout(x * torch.tensor([2.0, 3, 4, 5]), 0.2)
+            return F.dropout(x + torch.tensor([1.0, 1, 2, 2]), 0.25)
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.inner = InvertedBeside.Inner()
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, x):
+        y = self.drop(self.inner(self.fc(x)))
+        return (y, x.sum()) if self.training else y
+
+
 DUAL = [
+    pytest.param(InvertedBeside, X, "the structure of the outputs", id="inverted"),
+    pytest.param(lambda: nn.Sequential(nn.Linear(4, 4), GaussianNoise(False)), X, "nothing more", id="eval-noise"),
     pytest.param(AlwaysOn, TOKENS, "aten.", id="always-on"),
     pytest.param(Auxiliary, IMAGE, "the structure of the outputs", id="auxiliary"),
     pytest.param(LayerDrop, TOKENS, "nothing more in train, aten.linear.default", id="layer-drop"),
@@ -237,6 +287,45 @@ def test_keyword_arguments():
         expected = Net().train(mode)(X, scale=torch.tensor(3.0))
         torch.manual_seed(0)
         assert torch.equal(module.train(mode)(X, scale=torch.tensor(3.0)), expected)
+
+
+def test_a_model_whose_train_changes_its_weights_is_refused():
+    class Merging(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(4))
+
+        def train(self, mode=True):
+            if mode is not self.training:
+                self.w.data.mul_(2.0 if mode else 0.5)
+            return super().train(mode)
+
+        def forward(self, x):
+            return x * self.w if self.training else x * self.w * 2
+
+    model = Merging().eval()
+    weights = model.w.clone()
+    with pytest.raises(cm.ExportError, match="the state of the model changes with its mode"):
+        cm.export(model, (X,))
+    assert not model.training
+    assert torch.equal(model.w, weights)
+
+
+def test_inverted_flags_survive_bake():
+    class Inverted(nn.Module):
+        def forward(self, x):
+            return F.dropout(F.dropout(x, 0.3, not self.training), 0.2)
+
+    module = cm.export(nn.Sequential(nn.Linear(4, 4), Inverted(), nn.Dropout(0.1)), (X,))
+    expected = copy.deepcopy(module)
+    assert "flag, inverted" in cm.explain(module)
+    for mode in (True, False):
+        same_outputs(expected.train(mode), cm.bake(copy.deepcopy(module), mode), X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", cm.ModeWarning)
+        again = cm.bind(cm.bake(copy.deepcopy(module.train()), True))
+    for mode in (True, False):
+        same_outputs(expected.train(mode), again.train(mode), X)
 
 
 def test_a_failing_train_export_is_reported_with_its_cause():

@@ -57,7 +57,7 @@ def one_export(reference, case, inputs, row):
     if case.dual:
         row["one train export, bound"] = "needs both"
         return
-    bound = bind(torch.export.export(copy.deepcopy(reference).train(), (), inputs))
+    bound = bind(torch.export.export(copy.deepcopy(reference.train()), (), inputs))
     against_eager(reference, bound, inputs, case, flips=1, steps=1)
     row["one train export, bound"] = "bit-equal" if case.tolerance == 0 else f"within {case.tolerance:g}"
 
