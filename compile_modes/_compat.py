@@ -28,11 +28,11 @@ from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 
 # Base of BatchNorm1d to 3d, SyncBatchNorm and the lazy ones: the modules whose forward advances num_batches_tracked.
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
-
 # F.batch_norm's check in train: raises ValueError for a batch with one value per channel, which has no variance.
 check_batch_size: Callable[[Sequence[int]], None] = nn.functional._verify_batch_size  # type: ignore[attr-defined]
-# Base of Dropout, Dropout1d to 3d, AlphaDropout and FeatureAlphaDropout.
-DROPOUT = nn.modules.dropout._DropoutNd
+DROPOUT = nn.modules.dropout._DropoutNd  # base of Dropout, Dropout1d to 3d, AlphaDropout and FeatureAlphaDropout
+# A failed export leaves its hook here (torch 2.11), and Dynamo then breaks graphs wherever a buffer is assigned.
+BUFFER_HOOKS: dict[int, Any] = nn.modules.module._global_buffer_registration_hooks
 
 # Raised through backends on purpose: Dynamo answers them by another attempt or by leaving the frame alone.
 CONTROL_FLOW = (RestartAnalysis, SkipFrame)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from compile_modes import _compat
 from compile_modes.binding import carry_out
 from compile_modes.bodies import hoist_constants, own
 from compile_modes.cumulative import exportable
@@ -79,10 +80,13 @@ def _digest(model: nn.Module) -> list[str]:
 
 
 def _export(model: nn.Module, training: bool, args: Any, kwargs: Any, dynamic_shapes: Any) -> Any:
+    hooks = dict(_compat.BUFFER_HOOKS)
     try:
         kwargs = dict(kwargs) if kwargs is not None else None
         return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:  # whatever the model, or export on its account, raises
+        for leaked in _compat.BUFFER_HOOKS.keys() - hooks.keys():
+            del _compat.BUFFER_HOOKS[leaked]
         first_line = (str(error).splitlines() or [""])[0]
         raise ExportError(
             f"the {'train' if training else 'eval'} export failed: {type(error).__name__}: {first_line}",

@@ -106,7 +106,16 @@ def iterations(body: Body) -> list[tuple[fx.Node, bool]]:
                 vectors = [_behind_views(u), _behind_views(product.args[1])]
                 if all(state_path(body, _written(vector)) is not None for vector in vectors):
                     found.append((node, any("out" in vector.kwargs for vector in vectors)))
+    if not found and body.parent is None:  # a graph break may part the iteration from the use
+        found = [(node, True) for node in body.graph.nodes if _normalises(body, node)]
     return found
+
+
+def _normalises(body: Body, node: fx.Node) -> bool:
+    """Whether a node writes a normalised product into a buffer."""
+    product = node.args[0] if node.target is aten.div.out else None
+    made = isinstance(product, fx.Node) and product.target is aten.mv.default
+    return made and state_path(body, _written(node)) is not None
 
 
 def _inputs(body: Body, node: fx.Node) -> list[fx.Node]:
