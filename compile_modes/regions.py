@@ -154,13 +154,14 @@ def _mask(body: Body, sampler: fx.Node, order: dict[fx.Node, int]) -> Region | N
             return None  # drawn from values of the model
     applied: list[fx.Node] = []
     x: fx.Node | None = None
-    for node in list(order)[order[sampler] + 1 :]:
+    queue = {order[user]: user for node in drawn for user in node.users if user not in drawn}
+    while queue:
+        node = queue.pop(min(queue))
         inputs = _inputs(body, node)
-        if not any(n in drawn for n in inputs):
-            continue
         outer = [n for n in inputs if n not in drawn and n not in applied]
         if node.op == "call_function" and all(n in drawn for n in inputs):
             drawn.add(node)
+            queue |= {order[user]: user for user in node.users}
         elif node.target in _MIXING and len(outer) == (0 if applied else 1):
             x = outer[0] if outer else x
             applied.append(node)
