@@ -209,6 +209,13 @@ def test_attention_dropout_is_known_to_the_eval_program():
     assert [(site.owner, site.p) for site in sites] == [("first", 0.3), ("second", None)]
 
 
+def test_both_programs_have_the_mode_of_the_root():
+    _, module = both(Auxiliary, IMAGE)
+    for mode in (False, True):
+        module.train(mode)
+        assert [module.program(which).training for which in (True, False)] == [mode, mode]
+
+
 def test_the_module_starts_in_the_modes_of_the_model_and_leaves_them():
     model = Auxiliary().eval()
     model.net.block1.train()
@@ -231,8 +238,10 @@ def test_state_is_shared_never_copied(build, x):
         same_outputs(other.train(mode), module.train(mode), x)
 
 
-def test_root_state_can_be_replaced_in_both_programs():
+@pytest.mark.parametrize("copied", [False, True], ids=["original", "copy"])
+def test_root_state_can_be_replaced_in_both_programs(copied):
     reference, module = both(Auxiliary, IMAGE)
+    module = copy.deepcopy(module) if copied else module
     for m in (reference, module):
         m.double()
         m.scale = nn.Parameter(torch.full((5,), 2.0, dtype=torch.float64))
