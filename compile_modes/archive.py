@@ -22,7 +22,7 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.export.pt2_archive.constants import MODELS_DIR, MODELS_FILENAME_FORMAT, SAMPLE_INPUTS_FILENAME_FORMAT
 
-from compile_modes import _compat
+from compile_modes._compat import archives
 from compile_modes.container import HEADER, FileLike, Reader, label, reading, writing
 from compile_modes.errors import ArchiveError
 from compile_modes.loader import Loader
@@ -101,7 +101,7 @@ def read(path: FileLike) -> tuple[dict[str, ExportedProgram], dict[str, Any]]:
     for name, (graph, state, constants, example_inputs) in parts.items():
         inputs = _example_inputs(name, example_inputs)
         try:
-            programs[name] = _compat.program_from_bytes(graph, state, constants, inputs)
+            programs[name] = archives.program_from_bytes(graph, state, constants, inputs)
         except Exception as error:
             raise _not_loadable(name, graph, header.get("torch"), label(path), error) from error
     return programs, header["notes"]
@@ -124,7 +124,7 @@ def _to_json(header: dict[str, Any]) -> bytes:
 def _to_bytes(name: str, program: ExportedProgram) -> tuple[bytes, bytes]:
     stand_ins = [{key: _stand_in(value) for key, value in h.items()} for h in (program.state_dict, program.constants)]
     try:
-        return _compat.program_to_bytes(program, *stand_ins)
+        return archives.program_to_bytes(program, *stand_ins)
     except Exception as error:  # torch raises whatever its serializer comes across
         raise ArchiveError(
             f"torch can't serialize the program: {_first_line(error)}",

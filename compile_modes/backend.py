@@ -12,6 +12,7 @@ from torch import fx, nn
 from torch.export.unflatten import UnflattenedModule
 
 from compile_modes import _compat
+from compile_modes._compat import frames
 from compile_modes.capture import capture
 from compile_modes.errors import CaptureError, ModeWarning, OptionError, OverrideError
 from compile_modes.folding import unfold_literals
@@ -95,7 +96,7 @@ def pt2e_modes(
     """
     parsed = Options.parse(mode, options)
     compile_fx: Callable[..., Callable[..., Any]] = _compat.inductor(mode, dict(parsed.inductor))
-    _warn_unbound(_compat.frame_modules())
+    _warn_unbound(frames.frame_modules())
     try:
         captured = capture(gm, example_inputs)
     except CaptureError as error:
@@ -106,7 +107,7 @@ def pt2e_modes(
     found = sites(captured)
     if not parsed.explicit:
         return _compile_either(compile_fx, _in_form(captured, found), gm, example_inputs)
-    advanced = _put_into_modes(captured, found, parsed, whole=_compat.is_whole_frame(gm))
+    advanced = _put_into_modes(captured, found, parsed, whole=frames.is_whole_frame(gm))
     compiled = compile_fx(_in_form(captured, found), example_inputs)
     return _advancing(compiled, advanced) if advanced else compiled
 
@@ -160,7 +161,7 @@ def _refusal(site: Site, training: bool, outside: dict[Site, nn.Module]) -> str:
     if not why or not training or site.counter is None or site.step is not None or site.counter_at is not None:
         return why
     running_mean = site.read(site.op.stats[0])
-    owner = _compat.pin_owner(running_mean) if running_mean.op == "placeholder" else None
+    owner = frames.pin_owner(running_mean) if running_mean.op == "placeholder" else None
     if owner is None:
         return why
     if isinstance(getattr(owner, "num_batches_tracked", None), torch.Tensor):

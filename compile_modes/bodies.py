@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from compile_modes import _compat, counters, gates
+from compile_modes._compat import frames
 
 OWNED = "compile_modes_owned"  # in the meta of a body that belongs to one module alone
 
@@ -156,7 +157,7 @@ def state_path(body: Body | None, value: Any) -> str | None:
         if node.op == "placeholder":
             operand = body.operands.get(node)
             if operand is None:
-                return dynamo_path(_compat.source_name(node)) or None
+                return dynamo_path(frames.source_name(node)) or None
             body, value = body.parent, operand
         elif counters.is_counter(node):  # returns the tensor that it advances
             value = node.args[0]
@@ -224,4 +225,4 @@ def from_dynamo(body: Body) -> bool:
     """Whether the graph that runs ``body`` was captured under Dynamo, which says where its inputs come from."""
     while body.parent is not None:
         body = body.parent
-    return any(_compat.source_name(node) for node in body.graph.find_nodes(op="placeholder"))
+    return any(frames.source_name(node) for node in body.graph.find_nodes(op="placeholder"))

@@ -9,6 +9,7 @@ from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from compile_modes import _compat
+from compile_modes._compat import frames
 from compile_modes.errors import CaptureError
 
 _REMEDY = "without overrides the graph compiles as stock Inductor compiles it"
@@ -33,8 +34,8 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
     if call := _compat.not_retraceable(gm):
         raise CaptureError(f"the graph could not be retraced before autograd: {call} would not survive", remedy=_REMEDY)
     try:
-        captured = _retrace(gm, _compat.fake_inputs(gm, example_inputs))
-        _compat.carry_placeholders(gm.graph, captured.graph)
+        captured = _retrace(gm, frames.fake_inputs(gm, example_inputs))
+        frames.carry_placeholders(gm.graph, captured.graph)
     except _compat.CONTROL_FLOW:
         raise
     except Exception as error:  # whatever the ops of the user's model raise on being traced again

@@ -15,7 +15,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compile_modes._compat import graphs_compiled
+from compile_modes._compat.frames import graphs_compiled
 from compile_modes.binding import bind
 
 BATCH = 64

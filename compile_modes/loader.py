@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.export.pt2_archive import constants as layout
 
-from compile_modes import _compat
+from compile_modes._compat import archives
 from compile_modes.container import Reader
 from compile_modes.errors import ArchiveError
 from compile_modes.storages import CONFIGS, FOLDERS, PREFIXES
@@ -42,17 +42,17 @@ class Loader:
 
     def load(self, kind: str, program_name: str) -> dict[str, Any]:
         """The state, or the constants, of a program."""
-        payloads = _compat.payloads_from_json(self._reader.read(CONFIGS[kind].format(program_name)))
+        payloads = archives.payloads_from_json(self._reader.read(CONFIGS[kind].format(program_name)))
         return {
             name: self._value(FOLDERS[kind] + payload.path_name, name, payload) for name, payload in payloads.items()
         }
 
-    def _value(self, record: str, name: str, payload: _compat.PayloadMeta) -> Any:
+    def _value(self, record: str, name: str, payload: archives.PayloadMeta) -> Any:
         if payload.use_pickle:
             if record not in self._objects:
                 self._objects[record] = _unpickle(record, name, self._reader.read(record))
             return self._objects[record]
-        record, place = self._records.get(record, record), Place(*_compat.payload_place(payload))
+        record, place = self._records.get(record, record), Place(*archives.payload_place(payload))
         requires_grad = bool(payload.tensor_meta and payload.tensor_meta.requires_grad)
         key = (self._names.get(name, name), record, payload.is_param, requires_grad, place)
         if key not in self._objects:
@@ -83,7 +83,7 @@ def _unpickle(record: str, name: str, data: bytes) -> Any:
         raise ArchiveError("the file holds a pickled Python object, which is not read", where=name)
     try:
         if path.startswith(layout.CUSTOM_OBJ_FILENAME_PREFIX):
-            return _compat.script_object_from_bytes(data)
+            return archives.script_object_from_bytes(data)
         return torch.load(io.BytesIO(data), weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
         raise ArchiveError(

@@ -10,6 +10,7 @@ from torch import nn
 from torch.export.pt2_archive import constants as layout
 
 from compile_modes import _compat
+from compile_modes._compat import archives
 from compile_modes.container import Writer
 from compile_modes.errors import ArchiveError
 
@@ -102,20 +103,20 @@ class Pool:
                 if isinstance(held[name], nn.Parameter) and isinstance(new, nn.Parameter):
                     self._grads[id(held[name])] = new.requires_grad
             payloads = {name: self._payload(kind, name, value, news.get(name)) for name, value in held.items()}
-            self._configs[CONFIGS[kind].format(program_name)] = _compat.payloads_to_json(payloads)
+            self._configs[CONFIGS[kind].format(program_name)] = archives.payloads_to_json(payloads)
 
-    def _payload(self, kind: str, name: str, value: Any, new: torch.Tensor | None) -> _compat.PayloadMeta:
+    def _payload(self, kind: str, name: str, value: Any, new: torch.Tensor | None) -> archives.PayloadMeta:
         names = self._names.setdefault(id(value), [])
         if name not in names:
             names.append(name)
         if not isinstance(value, torch.Tensor):
-            return _compat.PayloadMeta(self._object(name, value), is_param=False, use_pickle=True, tensor_meta=None)
+            return archives.PayloadMeta(self._object(name, value), is_param=False, use_pickle=True, tensor_meta=None)
         plain, is_param = _is_plain(value), isinstance(value, nn.Parameter)
         tensor = self._resolved(value) if plain else value
         meta = _describe(name, tensor, new)
         meta.requires_grad = self._grads.get(id(value), value.requires_grad)
         path = self._raw(kind, name, value, tensor, new) if plain else self._pickled(kind, name, value, new)
-        return _compat.PayloadMeta(path, is_param, use_pickle=not plain, tensor_meta=meta)
+        return archives.PayloadMeta(path, is_param, use_pickle=not plain, tensor_meta=meta)
 
     def _resolved(self, value: torch.Tensor) -> torch.Tensor:
         """``value`` without conjugate and negative bit, which torch's format has no place for."""
@@ -205,14 +206,14 @@ def _describe(name: str, value: torch.Tensor, new: torch.Tensor | None) -> Any:
             remedy="export again after changing classes, dtypes or shapes",
         )
     try:
-        return _compat.serialize_tensor_meta(value)
+        return archives.serialize_tensor_meta(value)
     except (KeyError, RuntimeError) as error:  # a layout without strides, a dtype without a number
         raise ArchiveError(f"torch's archives can't hold a {_kind(value)}", where=name) from error
 
 
 def _pickle(name: str, value: Any) -> bytes:
     if isinstance(value, torch.ScriptObject):
-        return bytes(_compat.script_object_to_bytes(value))
+        return bytes(archives.script_object_to_bytes(value))
     buffer = io.BytesIO()
     try:
         torch.save(value, buffer)

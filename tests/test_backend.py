@@ -8,7 +8,7 @@ from torch import nn
 
 import compile_modes as cm
 from compile_modes import _compat
-from compile_modes._compat import graphs_compiled
+from compile_modes._compat.frames import graphs_compiled
 from compile_modes.backend import Options
 
 from nets import IMAGE, Activations, Attention, ConvNet, HardCoded, Norms, Parent, Regions, UnusedNorm  # isort: skip

@@ -8,7 +8,7 @@ from expecttest import assert_expected_inline
 from torch import fx, nn
 
 import compile_modes as cm
-from compile_modes._compat import graphs_compiled
+from compile_modes._compat.frames import graphs_compiled
 
 from nets import (  # isort: skip
     IMAGE, Activations, Attention, ConvNet, HardCoded, Norms, Parent, Recurrent, Regions, Small, UnusedNorm,

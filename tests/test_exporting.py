@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import compile_modes as cm
-from compile_modes._compat import graphs_compiled
+from compile_modes._compat.frames import graphs_compiled
 from compile_modes.dual import DualModule
 
 from nets import (  # isort: skip

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import compile_modes as cm
-from compile_modes._compat import graphs_compiled
+from compile_modes._compat.frames import graphs_compiled
 
 from nets import IMAGE, Activations, Attention, ConvNet, Norms, Parent, Regions, UnusedNorm  # isort: skip
 from oracle import agrees  # isort: skip

@@ -9,7 +9,7 @@ from expecttest import assert_expected_inline
 from torch import nn
 
 import compile_modes as cm
-from compile_modes._compat import graphs_compiled
+from compile_modes._compat.frames import graphs_compiled
 from compile_modes.recompose import recompose
 
 from nets import IMAGE, Activations, Attention, ConvNet, Norms, Recurrent, Small, UnusedNorm, UserCounter  # isort: skip

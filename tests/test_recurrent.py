@@ -8,7 +8,7 @@ from torch import fx, nn
 
 import compile_modes as cm
 from compile_modes import _compat, backend
-from compile_modes._compat import graphs_compiled
+from compile_modes._compat.frames import graphs_compiled
 from compile_modes.bodies import module_path
 from compile_modes.forms.recurrent import split_layers
 from compile_modes.sites import add_note, note, sites

@@ -7,7 +7,7 @@ from expecttest import assert_expected_inline
 from torch import nn
 
 import compile_modes as cm
-from compile_modes._compat import graphs_compiled
+from compile_modes._compat.frames import graphs_compiled
 from compile_modes.gates import GATES
 
 from nets import IMAGE, DropBlock, DropPath, MixedMask, Residual, Sampler  # isort: skip

@@ -1,10 +1,9 @@
 """Every private torch name and every version branch of this package, in one place.
 
-Checked on torch 2.11.0, 2.13.0, 2.14.1 and 2.15.0. When torch moves one of these, this file is the one to change.
+Checked on torch 2.11.0, 2.13.0, 2.14.1 and 2.15.0. When torch moves one of these, this folder is the one to change:
+``frames`` has what knows of a compilation in progress, ``archives`` what torch's .pt2 files consist of.
 """
 
-import copy
-import json
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,14 +14,6 @@ from torch import fx, nn
 from torch._decomp.decompositions import one_layer_lstm
 from torch._dynamo.exc import RestartAnalysis, SkipFrame
 from torch._dynamo.exc import ShortenTraceback as ShortenTraceback
-from torch._dynamo.guards import GuardBuilder, install_guard
-from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._dynamo.utils import counters
-from torch._export.serde import serialize as serde
-from torch._export.serde.schema import ExportedProgram as ProgramSchema
-from torch._export.serde.schema import PayloadConfig
-from torch._export.serde.schema import PayloadMeta as PayloadMeta
-from torch._guards import Source
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 
@@ -125,93 +116,6 @@ def refresh(module: nn.Module) -> None:
             module.finalize()  # type: ignore[operator]
 
 
-def source_name(placeholder: fx.Node) -> str:
-    """Where Dynamo read a graph input from, e.g. ``L['self']._modules['bn']._buffers['running_mean']``; or ``""``."""
-    source = getattr(placeholder, "_dynamo_source", None)
-    name = getattr(source, "name", "")
-    return str(name() if callable(name) else name)
-
-
-def frame_modules() -> list[nn.Module]:
-    """The modules among the local variables of the frame that Dynamo is compiling; none outside Dynamo."""
-    scope = _frame_scope()
-    return [value for value in scope["L"].values() if isinstance(value, nn.Module)] if scope else []
-
-
-def pin_owner(placeholder: fx.Node) -> nn.Module | None:
-    """The live module that owns the buffer which Dynamo made a graph input, pinned by a guard on its identity.
-
-    Dynamo shares one compiled graph between instances of a class. Whoever wants to use this very instance needs the
-    guard, which the compilation in progress gets here. None if the input is not a buffer of a module.
-    """
-    scope, source = _frame_scope(), getattr(placeholder, "_dynamo_source", None)
-    owner = getattr(getattr(source, "base", None), "base", None)  # module ._buffers ['running_mean']
-    if scope is None or not isinstance(owner, Source):
-        return None
-    name: Any = owner.name
-    module = eval(name() if callable(name) else name, scope)  # an expression that Dynamo generated for its guards
-    if not isinstance(module, nn.Module):
-        return None
-    install_guard(owner.make_guard(GuardBuilder.ID_MATCH))
-    return module
-
-
-def _frame_scope() -> dict[str, Any] | None:
-    try:
-        output = InstructionTranslator.current_tx().output
-    except AttributeError:  # no translation is in progress
-        return None
-    return {"L": output.local_scope, "G": output.global_scope}
-
-
-def graphs_compiled() -> int:
-    """How many graphs Dynamo has handed to backends in this process, or since its counters were cleared."""
-    return int(counters["stats"]["unique_graphs"])
-
-
-def is_whole_frame(gm: fx.GraphModule) -> bool:
-    """Whether a Dynamo graph holds all of a function's ops: no graph break ended it, and it resumes no other."""
-    reason = getattr(gm, "compile_subgraph_reason", None)
-    try:
-        code = InstructionTranslator.current_tx().f_code.co_name
-    except AttributeError:
-        code = ""
-    return not getattr(reason, "graph_break", False) and not code.startswith("torch_dynamo_resume_in_")
-
-
-def fake_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
-    """The fake tensors and symbolic integers that Dynamo traced a graph with, one per input."""
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    if len(placeholders) != len(example_inputs):
-        raise ValueError(f"the graph has {len(placeholders)} inputs, {len(example_inputs)} were given")
-    inputs = [p.meta.get("example_value", e) for p, e in zip(placeholders, example_inputs, strict=True)]
-    for placeholder, fake, given in zip(placeholders, inputs, example_inputs, strict=True):
-        if isinstance(fake, torch.Tensor) and isinstance(given, torch.Tensor) and not _same_layout(fake, given):
-            raise ValueError(f"the metadata of input {placeholder} has been changed by the graph itself")
-    return inputs
-
-
-def _same_layout(fake: torch.Tensor, given: torch.Tensor) -> bool:
-    if fake.dim() != given.dim():
-        return False
-    pairs = [*zip(fake.shape, given.shape, strict=True), *zip(fake.stride(), given.stride(), strict=True)]
-    # Symbolic sizes are not compared: that would add guards.
-    return all(a == b for a, b in pairs if type(a) is int and type(b) is int)
-
-
-def carry_placeholders(source: fx.Graph, target: fx.Graph) -> None:
-    """Copies names, meta and Dynamo's sources from the inputs of one graph to the inputs of its retrace."""
-    old, new = source.find_nodes(op="placeholder"), target.find_nodes(op="placeholder")
-    if len(old) != len(new):
-        raise ValueError(f"the retraced graph has {len(new)} inputs, the Dynamo graph {len(old)}")
-    for before, after in zip(old, new, strict=True):
-        after._rename(before.name)
-        after.target = after.name
-        after.meta.update(before.meta)
-        if hasattr(before, "_dynamo_source"):
-            after._dynamo_source = before._dynamo_source
-
-
 def value(node: fx.Node) -> Any:
     """The fake tensor or number that a node stood for when its graph was traced, under ATen's name or Dynamo's."""
     return node.meta["val"] if "val" in node.meta else node.meta.get("example_value")
@@ -262,39 +166,3 @@ def reset_inductor() -> None:
     """What ``torch.compiler.reset`` does for Inductor: forgets recorded CUDA graphs."""
     mode = "reduce-overhead" if torch.cuda.is_available() else None
     torch._TorchCompileInductorWrapper(mode, None, None).reset()
-
-
-# From here on: what torch's .pt2 archives consist of.
-script_object_to_bytes, script_object_from_bytes = torch._C._pickle_save, torch._C._pickle_load_obj
-serialize_tensor_meta = serde.serialize_tensor_meta
-
-
-def payloads_to_json(payloads: dict[str, PayloadMeta]) -> bytes:
-    """What describes one program's weights, or constants, beside the payloads that hold their bytes."""
-    return json.dumps(serde._dataclass_to_dict(PayloadConfig(config=payloads))).encode()
-
-
-def payloads_from_json(text: bytes) -> dict[str, PayloadMeta]:
-    """The reverse of :func:`payloads_to_json`."""
-    return dict(serde._dict_to_dataclass(PayloadConfig, json.loads(text)).config)
-
-
-def payload_place(payload: PayloadMeta) -> tuple[torch.dtype, torch.device, tuple[int, ...], tuple[int, ...], int]:
-    """Dtype, device, sizes, strides and storage offset of a tensor."""
-    meta: Any = payload.tensor_meta
-    sizes, strides = serde.deserialize_size(meta.sizes), serde.deserialize_stride(meta.strides)
-    offset = serde.deserialize_storage_offset(meta.storage_offset)
-    return serde.deserialize_scalar_type(meta.dtype), serde.deserialize_device(meta.device), sizes, strides, offset
-
-
-def program_to_bytes(program: torch.export.ExportedProgram, *stand_ins: dict[str, Any]) -> tuple[bytes, bytes]:
-    """A program as JSON, and its example inputs, pickled; torch 2.11 pickles state and constants in vain as well."""
-    program = copy.copy(program)
-    program._state_dict, program._constants = stand_ins
-    artifact = serde.serialize(program)
-    return artifact.exported_program, artifact.example_inputs
-
-
-def program_from_bytes(text: bytes, *held: Any) -> torch.export.ExportedProgram:
-    """The program of :func:`program_to_bytes` around the very state, constants and example inputs given."""
-    return serde.ExportedProgramDeserializer().deserialize(serde._bytes_to_dataclass(ProgramSchema, text), *held)
