@@ -14,13 +14,15 @@ from torch.export.unflatten import UnflattenedModule
 from compile_modes import _compat
 from compile_modes._compat import frames
 from compile_modes.capture import capture
-from compile_modes.errors import CaptureError, ModeWarning, OptionError, OverrideError
+from compile_modes.errors import CaptureError, ModeWarning, OptionError
 from compile_modes.folding import unfold_literals
+from compile_modes.forced import check_patterns, check_recurrent, decided_by_python, refused, supply_dropout
 from compile_modes.forms.recurrent import split_layers
-from compile_modes.rewrite import apply, assign, check_overrides, owner_matches
+from compile_modes.owners import Names, name_owners
+from compile_modes.rewrite import apply, assign, check_overrides, check_probabilities, owner_matches
 from compile_modes.sites import BOUND, Site, sites
 
-_OWN_OPTIONS = ("training", "overrides")
+_OWN_OPTIONS = ("training", "overrides", "dropout_p")
 _warned: set[str] = set()
 _warned_modules: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
@@ -31,6 +33,7 @@ class Options:
 
     training: bool | None = None
     overrides: Mapping[str, str] = field(default_factory=dict)
+    dropout_p: Mapping[str, float] = field(default_factory=dict)
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -47,6 +50,7 @@ class Options:
         given = dict(options or {})
         training = given.pop("training", None)
         overrides = check_overrides(training, given.pop("overrides", None))
+        dropout_p = check_probabilities(given.pop("dropout_p", None))
         known = torch._inductor.list_options()
         for key in given:
             if key.replace("-", "_") not in known:
@@ -55,7 +59,7 @@ class Options:
                     where="options",
                     remedy=_near(key, [*_OWN_OPTIONS, *known]),
                 )
-        return cls(training, overrides, given)
+        return cls(training, overrides, dropout_p, given)
 
 
 def _near(name: str, known: Sequence[str]) -> str:
@@ -80,7 +84,10 @@ def pt2e_modes(
         example_inputs: its inputs.
         mode: as for stock ``torch.compile``.
         options: ``training``: None follows the flags, True or False forces all sites. ``overrides``:
-            ``{owner glob: "train" | "eval"}``, first match wins. Anything else is an option of Inductor.
+            ``{owner glob: "train" | "eval"}``, first match wins. ``dropout_p``: ``{owner glob: probability}`` of
+            attention that is put into train, but was traced in eval, where its probability is lost (torch's own
+            ``MultiheadAttention`` is asked). Owners go by the names of ``named_modules()`` of the compiled module.
+            Anything else is an option of Inductor.
 
     Returns:
         What Inductor compiled.
@@ -104,10 +111,11 @@ def pt2e_modes(
             raise
         _warn_once(f"pt2e_modes hands a graph to Inductor as it came.\n{error}")
         return compile_fx(_in_form(gm, sites(gm)), example_inputs)
-    found = sites(captured)
+    found, names = sites(captured), Names.of_frame()
+    name_owners(captured, found, names)
     if not parsed.explicit:
         return _compile_either(compile_fx, _in_form(captured, found), gm, example_inputs)
-    advanced = _put_into_modes(captured, found, parsed, whole=frames.is_whole_frame(gm))
+    advanced = _put_into_modes(captured, found, parsed, names, whole=frames.is_whole_frame(gm))
     compiled = compile_fx(_in_form(captured, found), example_inputs)
     return _advancing(compiled, advanced) if advanced else compiled
 
@@ -134,22 +142,26 @@ def _compile_either(
 
 
 def _put_into_modes(
-    captured: fx.GraphModule, found: Sequence[Site], options: Options, *, whole: bool
+    captured: fx.GraphModule, found: Sequence[Site], options: Options, names: Names, *, whole: bool
 ) -> list["weakref.ref[nn.Module]"]:
     """Rewrites a captured graph as asked; returns the batch norms whose counter the graph can't reach."""
     owners = {site.owner for site in found}
+    supply_dropout(found, options.dropout_p, names)
+    check_recurrent(names, options.training, options.overrides)
     if whole:
         overrides = options.overrides
+        check_patterns(overrides, found, names)
     else:  # a pattern may be meant for another part of the module
         overrides = {p: m for p, m in options.overrides.items() if any(owner_matches(o, p) for o in owners)}
+    if decided := decided_by_python(found, names, options.training, overrides):
+        _warn_once(
+            f"{', '.join(map(repr, decided[:5]))} read their training flag in Python, where options can't reach: what "
+            "depends on it stays as the flag says.\n  what to do: set the flag, by train() or eval() of the module"
+        )
     outside: dict[Site, nn.Module] = {}
     report = apply(captured, assign(found, options.training, overrides), lambda s, t: _refusal(s, t, outside))
     if report.refused:
-        raise OverrideError(
-            f"{len(report.refused)} sites can't be put into the mode that was asked for:\n"
-            + "\n".join(f"  {site}: {why}" for site, why in report.refused),
-            remedy='leave them out by a pattern of their own that comes first, such as {"*.self_attn": "eval"}',
-        )
+        raise refused(report)
     unfold_literals(captured)
     captured.recompile()
     return [weakref.ref(outside[site]) for site in report.changed if site in outside]

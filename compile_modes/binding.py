@@ -220,8 +220,10 @@ def _bind_sites(root: nn.Module, plan: planning.Plan) -> set[nn.Module]:
         elif site.op.p is None:
             insert_dropout(site, plan.supplied[site], flag)
         else:
+            p = plan.supplied.get(site, site.p)
             with site.node.graph.inserting_before(site.node):
-                scaled = site.node.graph.call_function(operator.mul, (flag, plan.supplied.get(site, site.p)))
+                scaled = site.node.graph.call_function(operator.mul, (flag, p))
+            add_note(site.node, p=p)  # Dynamo makes a literal of the product
             set_argument(site, str(site.op.p), scaled)
             loosen_views(site.node)
         edited.add(site.body.module)

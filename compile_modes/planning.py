@@ -12,7 +12,7 @@ from compile_modes.bodies import bodies, is_batch_norm, module_path
 from compile_modes.errors import BindError, ModeWarning, OptionError
 from compile_modes.listing import overriding, reused
 from compile_modes.regions import regions
-from compile_modes.rewrite import no_match, owner_matches
+from compile_modes.rewrite import check_probabilities, no_match, owner_matches
 from compile_modes.sites import KEPT, Site, note, sites
 
 
@@ -100,22 +100,10 @@ def _unclear(root: nn.Module) -> list[fx.Node]:
 
 def _supplied(found: list[Site], dropout_p: Any) -> dict[Site, float]:
     """The sites without a probability that ``dropout_p`` gives one."""
-    if dropout_p is None:
-        return {}
-    if not isinstance(dropout_p, Mapping):
-        raise OptionError(f"{dropout_p!r} is no mapping", where="dropout_p", remedy='pass {"layers.*.self_attn": 0.1}')
     attention = [site for site in found if site.op.family == "attention"]
     owners = sorted({site.owner for site in attention})
     supplied: dict[Site, float] = {}
-    for pattern, p in dropout_p.items():
-        if not isinstance(pattern, str):
-            raise OptionError(
-                f"{pattern!r} is not an owner glob", where="dropout_p", remedy='pass {"*.self_attn": 0.1}'
-            )
-        if not isinstance(p, float | int) or not 0 <= p < 1:
-            raise OptionError(
-                f"{p!r} is no probability", where=f"dropout_p[{pattern!r}]", remedy="pass a number from 0 to below 1"
-            )
+    for pattern, p in check_probabilities(dropout_p).items():
         named = [site for site in attention if owner_matches(site.owner, pattern)]
         if not named:
             raise no_match(pattern, owners, "dropout_p", "attention")

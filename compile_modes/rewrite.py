@@ -93,6 +93,24 @@ def check_overrides(training: Any, overrides: Any) -> dict[str, str]:
     return dict(overrides)
 
 
+def check_probabilities(dropout_p: Any) -> dict[str, float]:
+    """Validates ``{owner glob: probability}``, an argument of ``bind`` and an option of the backend."""
+    if dropout_p is None:
+        return {}
+    if not isinstance(dropout_p, Mapping):
+        raise OptionError(f"{dropout_p!r} is no mapping", where="dropout_p", remedy='pass {"layers.*.self_attn": 0.1}')
+    for pattern, p in dropout_p.items():
+        if not isinstance(pattern, str):
+            raise OptionError(
+                f"{pattern!r} is not an owner glob", where="dropout_p", remedy='pass {"*.self_attn": 0.1}'
+            )
+        if not isinstance(p, float | int) or not 0 <= p < 1:
+            raise OptionError(
+                f"{p!r} is no probability", where=f"dropout_p[{pattern!r}]", remedy="pass a number from 0 to below 1"
+            )
+    return dict(dropout_p)
+
+
 def assign(found: Iterable[Site], training: bool | None, overrides: Mapping[str, str]) -> list[tuple[Site, bool]]:
     """The mode that each site is asked to be in; sites that nothing asks for are left out."""
     found = list(found)
@@ -165,6 +183,8 @@ def write_literal(site: Site, training: bool) -> set[nn.Module]:
     make_one_node(site)
     if site.op.flag is not None:
         set_argument(site, site.op.flag, training)
+    elif training and site.op.p is None:
+        insert_dropout(site, float(site.p or 0.0), True)
     elif training:
         set_argument(site, str(site.op.p), site.p)
     else:
@@ -209,10 +229,10 @@ def set_argument(site: Site, name: str, value: Any) -> None:
         node.update_kwarg(name, value)
 
 
-def insert_dropout(site: Site, p: float, flag: fx.Node) -> None:
+def insert_dropout(site: Site, p: float, flag: fx.Node | bool) -> None:
     """Puts the dropout that a softmax of attention weights is followed by in train behind it."""
     graph, weights = site.node.graph, site.node
-    with graph.inserting_after(max(weights, flag)):
+    with graph.inserting_after(max(weights, flag) if isinstance(flag, fx.Node) else weights):
         dropped = graph.call_function(torch.ops.aten.dropout.default, (weights, p, flag))
     weights.replace_all_uses_with(dropped, delete_user_cb=lambda user: user is not dropped)
     dropped.meta = {k: v for k, v in weights.meta.items() if k in ("nn_module_stack", "val", "stack_trace")}

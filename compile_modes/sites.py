@@ -86,7 +86,7 @@ class Site:
     def p(self) -> float | None:
         """Probability in train mode; None if the op has none or the graph has lost it."""
         if self.op.p is None:
-            return None
+            return note(self.node).get("p") if self.op is LOST_DROPOUT else None
         value: float | None = self.read(self.op.p)
         if self.op.flag is None:
             value = value.args[1] if isinstance(value, fx.Node) and self.bound else value or note(self.node).get("p")
@@ -102,6 +102,8 @@ class Site:
         """Why the site cannot be put into the given mode; empty if it can."""
         if self.modeless or self.training is training:
             return ""
+        if self.op is LOST_DROPOUT and self.p:
+            return ""  # supplied by someone who knows
         if self.op.refusal:
             return note(self.node).get("refusal") or self.op.refusal
         if self.training is None:

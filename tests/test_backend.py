@@ -426,7 +426,7 @@ def test_what_inductor_fails_on_goes_on_as_it_came(monkeypatch):
 
 def test_options_are_split():
     options = Options.parse(None, {"training": False, "epilogue_fusion": True, "triton.cudagraphs": False})
-    assert options == Options(False, {}, {"epilogue_fusion": True, "triton.cudagraphs": False})
+    assert options == Options(False, {}, {}, {"epilogue_fusion": True, "triton.cudagraphs": False})
     assert options.explicit
     assert not Options.parse("reduce-overhead", None).explicit
 

@@ -28,6 +28,9 @@ BUFFER_HOOKS: dict[int, Any] = nn.modules.module._global_buffer_registration_hoo
 # Raised through backends on purpose: Dynamo answers them by another attempt or by leaving the frame alone.
 CONTROL_FLOW = (RestartAnalysis, SkipFrame)
 
+# What export calls the pass that gave nodes of ep.module() their names.
+EXPORTED = "ExportedProgram.module()"
+
 # The submodule by which ep.module() checks its inputs.
 GUARDS = "_guards_fn"
 

@@ -1,5 +1,7 @@
 """Dynamo's side of a compilation in progress: the frame, its guards, where graph inputs come from."""
 
+import sys
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,3 +98,46 @@ def carry_placeholders(source: fx.Graph, target: fx.Graph) -> None:
         after.meta.update(before.meta)
         if hasattr(before, "_dynamo_source"):
             after._dynamo_source = before._dynamo_source
+
+
+def guarded() -> list[str]:
+    """What Dynamo has read so far in the compilation in progress, such as ``L['self']._modules['bn'].training``."""
+    try:
+        guards = InstructionTranslator.current_tx().output.guards
+    except AttributeError:  # no translation is in progress
+        return []
+    names = (guard.name for guard in guards)
+    return sorted({str(name() if callable(name) else name) for name in names})
+
+
+def roots_read() -> dict[str, nn.Module]:
+    """The modules among the variables that Dynamo has read, by variable: ``{"L['self']": module}``."""
+    scope = _frame_scope() or {}
+    found = {}
+    for kind, variables in scope.items():
+        for name, value in variables.items():
+            if isinstance(value, nn.Module):
+                found[f"{kind}[{name!r}]"] = value
+    read = {name.partition("]")[0] + "]" for name in guarded()}
+    return {variable: module for variable, module in found.items() if variable in read}
+
+
+def traces_rnns() -> bool:
+    """Whether Dynamo compiles functions that call RNN modules. By default it leaves all of such a function to eager."""
+    return bool(torch._dynamo.config.allow_rnn)
+
+
+def compiled_root() -> nn.Module | None:
+    """The module that the running call of a compiled module belongs to, as its user knows it; None outside one.
+
+    Dynamo compiles a submodule by itself where it can't compile its parent, and names of the submodule begin there.
+    """
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None:
+        module = frame.f_locals.get("self")
+        if isinstance(module, torch._dynamo.OptimizedModule):
+            return module._orig_mod
+        if isinstance(module, nn.Module) and module._compiled_call_impl is not None:
+            return module  # compiled in place
+        frame = frame.f_back
+    return None

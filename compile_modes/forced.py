@@ -1,0 +1,115 @@
+"""Modes that options ask for against the flags: what a trace made under other flags lacks, and what it can't give."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import fx, nn
+
+from compile_modes._compat import frames
+from compile_modes.errors import OverrideError
+from compile_modes.owners import Names
+from compile_modes.rewrite import MODES, Report, owner_matches
+from compile_modes.sites import Site, add_note
+
+# Read their flag to choose between a fast path and the same computation in parts.
+_SAME_IN_BOTH = (nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.MultiheadAttention)
+
+
+def wanted(owner: str, training: bool | None, overrides: Mapping[str, str]) -> bool | None:
+    """The mode that options ask for an owner: that of the first pattern that matches, else ``training``."""
+    named = (MODES[mode] for pattern, mode in overrides.items() if owner_matches(owner, pattern))
+    return next(named, training)
+
+
+def supply_dropout(found: Iterable[Site], dropout_p: Mapping[str, float], names: Names) -> None:
+    """Notes the probability of each attention whose dropout an eval trace has lost, where it is known.
+
+    It is what ``dropout_p`` says, ``{owner glob: probability}``, or what torch's own attention module keeps.
+    """
+    for site in found:
+        if site.op.family != "attention" or site.training is not False or site.p:
+            continue
+        module = names.modules.get(site.owner)
+        named = [p for pattern, p in dropout_p.items() if owner_matches(site.owner, pattern)]
+        p = named[0] if named else module.dropout if isinstance(module, nn.MultiheadAttention) else None
+        # Traced in train mode, and still without dropout. Exported modules only look alike: bind() has warned of them.
+        never = module is not None and module.training and type(module) is not nn.Module and not _exported(module)
+        if p:
+            add_note(site.node, p=float(p))
+        elif p is not None or never:
+            site.modeless = True
+
+
+def _exported(module: nn.Module) -> bool:
+    return isinstance(module, fx.GraphModule)
+
+
+def check_patterns(overrides: Mapping[str, str], found: Sequence[Site], names: Names) -> None:
+    """Raises OverrideError for patterns that no site can answer, with the reason where that is known.
+
+    A pattern that simply matches nothing is left to :func:`compile_modes.rewrite.assign`.
+    """
+    owners = {site.owner for site in found}
+    for pattern in overrides:
+        if any(owner_matches(owner, pattern) for owner in owners):
+            continue
+        read = sorted(name for name in names.read if owner_matches(name, pattern))
+        fused = [s for s in found if s.op.inference and any(owner_matches(n, pattern) for n in _below(s.owner, names))]
+        if fused:
+            raise OverrideError(
+                f"the pattern {pattern!r} names parts of a fused kernel of inference",
+                where=f"overrides[{pattern!r}], {fused[0]}",
+                remedy="call torch.backends.mha.set_fastpath_enabled(False) first, or run the model with gradients",
+            )
+        if read:
+            raise OverrideError(
+                f"the pattern {pattern!r} names modules that have no mode-dependent op: Python reads their flag",
+                where=f"overrides[{pattern!r}], {', '.join(read[:3])}",
+                remedy="set the flag itself, by train() or eval() of that module",
+            )
+
+
+def _below(owner: str, names: Names) -> list[str]:
+    return [name for name in names.modules if not owner or name.startswith(owner + ".")]
+
+
+def decided_by_python(
+    found: Iterable[Site], names: Names, training: bool | None, overrides: Mapping[str, str]
+) -> list[str]:
+    """Modules that are asked to be in another mode than their flag says, but have no site to put into it.
+
+    What depends on their mode is Python's decision, which Dynamo has traced as the flag says.
+    """
+    undecided = names.read - {site.owner for site in found}
+    return sorted(
+        name
+        for name in undecided
+        if (module := names.modules.get(name)) is not None
+        and wanted(name, training, overrides) not in (None, module.training)
+        and not isinstance(module, _SAME_IN_BOTH)
+    )
+
+
+def check_recurrent(names: Names, training: bool | None, overrides: Mapping[str, str]) -> None:
+    """Raises OverrideError for recurrent modules that Dynamo leaves to eager mode, where only their flag counts."""
+    if frames.traces_rnns():
+        return
+    for name, module in names.modules.items():
+        drops = isinstance(module, nn.RNNBase) and module.dropout and module.num_layers > 1
+        if drops and wanted(name, training, overrides) not in (None, module.training):
+            raise OverrideError(
+                f"Dynamo leaves {type(module).__name__} modules to eager mode, where options can't reach",
+                where=f"owner {name!r}",
+                remedy="set torch._dynamo.config.allow_rnn = True, or set the flag, by train() or eval()",
+            )
+
+
+def refused(report: Report) -> OverrideError:
+    """The error for sites that can't be put into the mode that was asked for."""
+    lost = sorted({site.owner for site, _ in report.refused if site.op.family == "attention" and not site.op.inference})
+    remedy = 'leave them out by a pattern of their own that comes first, such as {"*.self_attn": "eval"}'
+    if lost:
+        remedy += f"; or say what attention has lost, 0.0 for none: options={{'dropout_p': {{{lost[0]!r}: 0.1}}}}"
+    lines = [f"  {site}: {why}" for site, why in report.refused]
+    return OverrideError(
+        f"{len(lines)} sites can't be put into the mode that was asked for:\n" + "\n".join(lines), remedy=remedy
+    )

@@ -1,0 +1,312 @@
+"""Overrides by the names that users know, on what a trace made under other flags can give and can't."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import compile_modes as cm
+from compile_modes._compat.frames import graphs_compiled
+
+from nets import IMAGE, Attention, ConvNet, DropPath, Parent, Recurrent, Regions  # isort: skip
+from oracle import same_outputs, same_state  # isort: skip
+
+pytestmark = pytest.mark.usefixtures("no_inductor")
+
+
+def compile_(module, **options):
+    return torch.compile(module, backend="pt2e_modes", options=options)
+
+
+def bound(model, x, training=True):
+    return cm.bind(torch.export.export(copy.deepcopy(model).train(training), (x,)))
+
+
+def agree(reference, module, compiled, x, seeds=3):
+    """Equal outputs and state, call by call: batch norm's statistics move with each of them."""
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        expected = reference(x)
+        torch.manual_seed(seed)
+        torch.testing.assert_close(compiled(x), expected)
+        same_state(reference, module)
+
+
+class Twins(nn.Module):
+    """Two modules of one kind, the second of which runs first."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(torch.relu(self.second(x)))
+
+
+class DropFirst(nn.Module):
+    """A dropout before the only parameters: state shows whose it is only afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.4)
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.drop(x))
+
+
+class BackToBack(nn.Module):
+    """Calls of exported modules with nothing between them, one of them called twice."""
+
+    def __init__(self, a: nn.Module, b: nn.Module) -> None:
+        super().__init__()
+        self.a, self.b = a, b
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a(self.b(self.a(x)))
+
+
+VECTOR = torch.randn(5, 4, generator=torch.Generator().manual_seed(3))
+
+
+class TestNames:
+    """Owners in overrides are the names of ``named_modules()`` of what was compiled, wherever they stand."""
+
+    @pytest.mark.parametrize("pattern", ["child.block1.*", "child.drop", "child.*.bn", "stem.*", "child"])
+    @pytest.mark.parametrize("kind", ["eager", "bound"])
+    def test_of_a_nested_module(self, kind, pattern):
+        reference = Parent(ConvNet())
+        module = copy.deepcopy(reference)
+        if kind == "bound":
+            module.child = bound(module.child, IMAGE)
+        compiled = compile_(module, overrides={pattern: "eval"})
+        for name, submodule in reference.named_modules():
+            if cm.rewrite.owner_matches(name, pattern):
+                submodule.training = False
+        agree(reference, module, compiled, IMAGE)
+
+    def test_of_two_exported_modules_of_one_kind(self):
+        reference = Twins(DropFirst(), DropFirst())
+        module = Twins(bound(reference.first, VECTOR), bound(reference.second, VECTOR))
+        compiled = compile_(module, overrides={"first.drop": "eval"})
+        reference.first.eval()
+        agree(reference, module, compiled, VECTOR)
+
+    def test_of_copies_called_back_to_back(self):
+        a = bound(DropFirst(), VECTOR)
+        reference = BackToBack(DropFirst(), DropFirst())
+        module = BackToBack(a, copy.deepcopy(a))
+        reference.load_state_dict(module.state_dict())
+        compiled = compile_(module, overrides={"b.*": "eval"})
+        reference.b.eval()
+        agree(reference, module, compiled, VECTOR)
+
+    def test_in_regions_of_an_exported_module(self):
+        reference = Regions()
+        module = bound(reference, IMAGE)
+        owners = {site.owner for site in cm.sites(module)}
+        stateless = next(owner for owner in owners if isinstance(reference.get_submodule(owner), nn.Dropout2d))
+        compiled = compile_(module, overrides={stateless: "eval"})
+        reference.get_submodule(stateless).eval()
+        agree(reference, module, compiled, IMAGE)
+
+    def test_of_a_module_with_two_programs_inside_an_eager_one(self):
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.drop, self.fc = nn.Dropout(0.4), nn.Linear(4, 4)
+
+            def forward(self, x):
+                y = self.fc(self.drop(x))
+                return y * 2 if self.training else y
+
+        child = Net()
+        reference = nn.Sequential(nn.Dropout(0.3), child)
+        module = nn.Sequential(nn.Dropout(0.3), cm.export(copy.deepcopy(child), (VECTOR,)))
+        compiled = compile_(module, overrides={"1.drop": "eval"})
+        reference[1].drop.eval()
+        agree(reference, module, compiled, VECTOR)
+
+    def test_of_a_submodule_that_is_compiled_by_itself(self):
+        class Broken(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = ConvNet()
+
+            def forward(self, x):
+                try:
+                    torch._dynamo.graph_break()
+                    return self.inner(x)
+                except ValueError:
+                    return x
+
+        reference = Broken()
+        module = copy.deepcopy(reference)
+        compiled = compile_(module, overrides={"inner.block1.*": "eval"})
+        reference.inner.block1.bn.eval()
+        reference.inner.block1.drop.eval()
+        agree(reference, module, compiled, IMAGE)
+
+    @pytest.mark.parametrize("where", ["global", "local"])
+    def test_of_a_module_in_a_compiled_function(self, where):
+        reference = ConvNet()
+        module = copy.deepcopy(reference)
+
+        def step(x):
+            return module(x)
+
+        def step_of(x, model):
+            return model(x)
+
+        call = step if where == "global" else lambda x: step_of(x, module)
+        compiled = torch.compile(call, backend="pt2e_modes", options={"overrides": {"block1.bn": "eval"}})
+        reference.block1.bn.eval()
+        agree(reference, module, compiled, IMAGE)
+
+    def test_of_a_module_that_is_compiled_in_place(self):
+        reference = Parent(ConvNet())
+        module = copy.deepcopy(reference)
+        module.child.compile(backend="pt2e_modes", options={"overrides": {"block1.*": "eval"}})
+        reference.child.block1.bn.eval()
+        reference.child.block1.drop.eval()
+        agree(reference, module, module, IMAGE)
+
+
+class Projected(nn.Module):
+    """Attention as models of their own write it: the probability stands in an attribute of the module."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.p if self.training else 0.0)
+        return out.transpose(1, 2).flatten(2)
+
+
+STEPS = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(5))
+SEQUENCE = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(4))
+
+
+class TestAttention:
+    @pytest.mark.parametrize("weights", [False, True], ids=["sdpa", "weights"])
+    @pytest.mark.parametrize("options", [{"training": True}, {"overrides": {"1": "train"}}], ids=["all", "1"])
+    def test_torchs_own_module_trains_with_its_dropout(self, options, weights):
+        class Net(nn.ModuleList):
+            def forward(self, x):
+                x = self[0](x)
+                return self[1](x, x, x, need_weights=weights)[0]
+
+        reference = Net([nn.Linear(8, 8), nn.MultiheadAttention(8, 2, dropout=0.3, batch_first=True)]).eval()
+        module = copy.deepcopy(reference)
+        compiled = compile_(module, **options)
+        reference.train()
+        same_outputs(reference, compiled, SEQUENCE)
+        assert not torch.equal(compiled(SEQUENCE), compiled(SEQUENCE))
+
+    def test_and_evaluates_without(self):
+        reference = Attention()
+        compiled = compile_(copy.deepcopy(reference), training=False)
+        same_outputs(reference.eval(), compiled, SEQUENCE)
+
+    def test_a_probability_that_is_nowhere_is_asked_for(self):
+        module = nn.Sequential(Projected(0.3)).eval()
+        with pytest.raises(cm.OverrideError, match=r"dropout_p is 0") as caught:
+            compile_(module, training=True)(SEQUENCE)
+        assert "'dropout_p': {'0': 0.1}" in str(caught.value)
+        compiled = compile_(module, training=True, dropout_p={"0": 0.3})
+        same_outputs(copy.deepcopy(module).train(), compiled, SEQUENCE)
+
+    def test_none_may_be_what_there_was(self):
+        module = nn.Sequential(Projected(0.0), nn.Dropout(0.2)).eval()
+        reference = copy.deepcopy(module).train()
+        same_outputs(reference, compile_(module, training=True, dropout_p={"0": 0.0}), SEQUENCE)
+        same_outputs(
+            reference, compile_(copy.deepcopy(reference), training=True), SEQUENCE
+        )  # traced in train: it shows
+
+    @pytest.mark.parametrize("start", [True, False])
+    def test_of_a_bound_module(self, start):
+        reference = Projected(0.3)
+        dropout_p = None if start else {"": 0.3}
+        module = cm.bind(torch.export.export(copy.deepcopy(reference).train(start), (SEQUENCE,)), dropout_p=dropout_p)
+        compiled = {mode: compile_(module, training=mode) for mode in (True, False)}
+        for flag in (True, False):
+            module.train(flag)
+            for mode in (True, False):
+                same_outputs(reference.train(mode), compiled[mode], SEQUENCE)
+
+    def test_a_fused_kernel_of_inference_says_how_to_be_without_it(self):
+        module = nn.TransformerEncoderLayer(8, 2, 16, 0.1, batch_first=True).eval()
+        compiled = compile_(module, overrides={"dropout*": "train"})
+        with torch.no_grad(), pytest.raises(cm.OverrideError, match=r"set_fastpath_enabled\(False\)"):
+            compiled(SEQUENCE)
+
+
+class TestRecurrent:
+    @pytest.mark.parametrize("training", [True, False])
+    def test_dropout_between_layers(self, training):
+        reference = Recurrent().train(not training)
+        compiled = compile_(copy.deepcopy(reference), training=training)
+        reference.train(training)
+        with torch._dynamo.config.patch(allow_rnn=True):
+            for seed in range(3):
+                torch.manual_seed(seed)
+                expected = reference(STEPS)
+                torch.manual_seed(seed)
+                torch.testing.assert_close(compiled(STEPS), expected)
+
+    def test_what_dynamo_leaves_to_eager_is_out_of_reach(self):
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = Recurrent()
+
+            def forward(self, x):
+                return self.inner(torch.relu(x))
+
+        with pytest.raises(cm.OverrideError, match=r"allow_rnn = True"):
+            compile_(Net(), overrides={"*.gru": "eval"})(STEPS)
+        compile_(Net(), overrides={"*.gru": "train"})(STEPS)  # as the flag says
+
+
+class Branching(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if self.training else x
+
+
+class TestPython:
+    """What ``self.training`` decides in Python follows the flag; options can't reach it, and say so."""
+
+    def test_is_said_where_all_are_asked(self):
+        module = nn.Sequential(Branching(), nn.Dropout(0.2))
+        with pytest.warns(cm.ModeWarning, match=r"'0' read their training flag in Python"):
+            compile_(module, training=False)(VECTOR)
+
+    def test_is_an_error_where_it_alone_is_asked(self):
+        module = nn.Sequential(Branching(), nn.Dropout(0.2))
+        with pytest.raises(cm.OverrideError, match=r"set the flag itself"):
+            compile_(module, overrides={"0": "eval"})(VECTOR)
+
+    def test_is_fine_where_the_flag_says_the_same(self):
+        reference = nn.Sequential(Branching(), nn.Dropout(0.2))
+        compiled = compile_(copy.deepcopy(reference), training=True)
+        same_outputs(reference, compiled, VECTOR)
+
+    def test_a_mask_made_in_python_can_be_taken_out_but_not_invented(self):
+        reference = nn.Sequential(DropPath(0.4), nn.Linear(4, 4))
+        compiled = compile_(copy.deepcopy(reference), training=False)
+        same_outputs(copy.deepcopy(reference).eval(), compiled, VECTOR)
+        with pytest.warns(cm.ModeWarning, match=r"'0' read their training flag in Python"):
+            compile_(copy.deepcopy(reference).eval(), training=True)(VECTOR)
+
+    def test_is_no_matter_of_fast_paths(self):
+        reference = nn.TransformerEncoderLayer(8, 2, 16, 0.1, batch_first=True)
+        compiled = compile_(copy.deepcopy(reference), training=False)
+        reference.eval()
+        torch.testing.assert_close(compiled(SEQUENCE), reference(SEQUENCE))
+        assert graphs_compiled() == 1
