@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch.export.unflatten import UnflattenedModule
 
-from compile_modes import _compat
+from compile_modes import _compat, logs
 from compile_modes._compat import frames
 from compile_modes.capture import capture
 from compile_modes.errors import CaptureError, ModeWarning, OptionError
@@ -109,14 +109,19 @@ def pt2e_modes(
     except CaptureError as error:
         if parsed.explicit:
             raise
+        logs.left_to_stock(str(error))
         _warn_once(f"pt2e_modes hands a graph to Inductor as it came.\n{error}")
         return compile_fx(_in_form(gm, sites(gm)), example_inputs)
     found, names = sites(captured), Names.of_frame()
     name_owners(captured, found, names)
+    logs.graph("captured", captured)
     if not parsed.explicit:
+        logs.modes(found, None)
         return _compile_either(compile_fx, _in_form(captured, found), gm, example_inputs)
     advanced = _put_into_modes(captured, found, parsed, names, whole=frames.is_whole_frame(gm))
-    compiled = compile_fx(_in_form(captured, found), example_inputs)
+    captured = _in_form(captured, found)
+    logs.graph("rewritten", captured)
+    compiled = compile_fx(captured, example_inputs)
     return _advancing(compiled, advanced) if advanced else compiled
 
 
@@ -130,6 +135,7 @@ def _compile_either(
     example_inputs: Sequence[Any],
 ) -> Callable[..., Any]:
     """Compiles the captured graph, or, should Inductor fail on it, the graph that stock Inductor would have got."""
+    logs.graph("rewritten", captured)
     try:
         return compile_fx(captured, example_inputs)
     except _compat.CONTROL_FLOW:
@@ -137,6 +143,7 @@ def _compile_either(
     except Exception as error:  # Inductor's own; if the reason is not our stage, the second attempt raises it
         compiled = compile_fx(_in_form(gm, sites(gm)), example_inputs)
         first_line = (str(error).splitlines() or [""])[0]
+        logs.left_to_stock(f"{type(error).__name__}: {error}")
         _warn_once(f"pt2e_modes hands a graph to Inductor as it came: {type(error).__name__}: {first_line}")
         return compiled
 
@@ -162,6 +169,7 @@ def _put_into_modes(
     report = apply(captured, assign(found, options.training, overrides), lambda s, t: _refusal(s, t, outside))
     if report.refused:
         raise refused(report)
+    logs.modes(found, report)
     unfold_literals(captured)
     captured.recompile()
     return [weakref.ref(outside[site]) for site in report.changed if site in outside]
@@ -230,7 +238,9 @@ def _warn_unbound(roots: Sequence[nn.Module]) -> None:
 
 def _in_form(graph: fx.GraphModule, found: Sequence[Site]) -> fx.GraphModule:
     """Lowers sites as their mode, now final, asks for."""
-    for site in split_layers(graph, found):
+    chosen, left = split_layers(graph, found)
+    logs.forms(chosen)
+    for site in left:
         _warn_once(
             f"{site.op.overload} (owner {site.owner!r}) is compiled without its dropout between layers: torch's "
             "decomposition loses it (_decomp/decompositions.py). Run this module in eager mode to train with it."

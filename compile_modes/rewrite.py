@@ -187,9 +187,11 @@ def write_literal(site: Site, training: bool) -> set[nn.Module]:
         insert_dropout(site, float(site.p or 0.0), True)
     elif training:
         set_argument(site, str(site.op.p), site.p)
+        loosen_views(site.node)
     else:
         add_note(site.node, p=site.p)  # the way back to train; the literal is the only other place that knows
         set_argument(site, str(site.op.p), 0.0)
+        loosen_views(site.node)
     edited = {site.body.module}
     if site.step is not None:
         counters.set_literal(site.step, training)

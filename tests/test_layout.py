@@ -11,7 +11,7 @@ ORDER = [
     "_compat", "_compat.archives", "_compat.frames", "errors", "dual", "container", "storages", "loader",
     "archive", "counters", "gates", "cumulative", "ops", "bodies", "source", "regions", "folding", "flags",
     "sites", "listing", "rewrite", "recompose", "remarks", "planning", "binding", "pairing", "exporting",
-    "saving", "capture", "owners", "forced", "forms", "forms.recurrent", "backend", "exported", "demo",
+    "saving", "capture", "owners", "forced", "logs", "forms", "forms.recurrent", "backend", "exported", "demo",
     "__init__", "__main__",
 ]  # fmt: skip
 

@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch._decomp.decompositions import one_layer_lstm
 from torch._dynamo.exc import RestartAnalysis, SkipFrame
 from torch._dynamo.exc import ShortenTraceback as ShortenTraceback
+from torch._logging._internal import trace_structured
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 
@@ -163,6 +164,11 @@ def last_state(value: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
 def inductor(mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
     """What ``torch.compile(backend="inductor", mode=mode, options=options)`` would call."""
     return torch._TorchCompileInductorWrapper(mode, options, None)
+
+
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Adds a text to the structured trace that ``TORCH_TRACE`` asks for and tlparse shows; no work without it."""
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=text)
 
 
 def reset_inductor() -> None:

@@ -21,7 +21,7 @@ _Layer = Callable[[dict[str, Any]], tuple[torch.Tensor, ...]]
 _LSTM = torch.ops.aten.lstm.input
 
 
-def split_layers(root: fx.GraphModule, found: Iterable[Site]) -> list[Site]:
+def split_layers(root: fx.GraphModule, found: Iterable[Site]) -> tuple[list[tuple[Site, str]], list[Site]]:
     """Replaces, in place, each recurrent site that torch's decomposition would get wrong by what it stands for.
 
     - One that trains with dropout between layers becomes a call of the same overload per layer, and a dropout of the
@@ -37,11 +37,12 @@ def split_layers(root: fx.GraphModule, found: Iterable[Site]) -> list[Site]:
         found: its sites.
 
     Returns:
-        The sites that train with dropout and could not be replaced: those on packed sequences, whose batch sizes no
-        trace knows.
+        The sites that were replaced, each with the form that it has got, and those that train with dropout and could
+        not be: those on packed sequences, whose batch sizes no trace knows.
     """
     recurrent = [site for site in found if site.op.family == "rnn" and not site.op.refusal]
     followed = _followed(bodies(root)) if recurrent else set()
+    chosen: list[tuple[Site, str]] = []
     left: list[Site] = []
     edited: set[nn.Module] = set()
     for site in recurrent:
@@ -53,10 +54,11 @@ def split_layers(root: fx.GraphModule, found: Iterable[Site]) -> list[Site]:
             left.append(site)
             continue
         _replace(site, _lstm_steps if unrolls else _one_call(site), float(site.p or 0.0) if drops else 0.0)
+        chosen.append((site, "LSTM steps, layer by layer" if unrolls else "layer by layer"))
         edited.add(site.body.module)
     for module in edited:
         _compat.refresh(module)
-    return left
+    return chosen, left
 
 
 def _followed(graphs: Sequence[Body]) -> set[fx.Node]:
