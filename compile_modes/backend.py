@@ -16,7 +16,14 @@ from compile_modes._compat import frames
 from compile_modes.capture import capture
 from compile_modes.errors import CaptureError, ModeWarning, OptionError
 from compile_modes.folding import unfold_literals
-from compile_modes.forced import check_patterns, check_recurrent, decided_by_python, refused, supply_dropout
+from compile_modes.forced import (
+    check_names,
+    check_patterns,
+    check_recurrent,
+    decided_by_python,
+    refused,
+    supply_dropout,
+)
 from compile_modes.forms.recurrent import split_layers
 from compile_modes.owners import Names, name_owners
 from compile_modes.rewrite import apply, assign, check_overrides, check_probabilities, owner_matches
@@ -159,6 +166,7 @@ def _put_into_modes(
         overrides = options.overrides
         check_patterns(overrides, found, names)
     else:  # a pattern may be meant for another part of the module
+        check_names(options.overrides, names)
         overrides = {p: m for p, m in options.overrides.items() if any(owner_matches(o, p) for o in owners)}
     if decided := decided_by_python(found, names, options.training, overrides):
         _warn_once(

@@ -7,7 +7,7 @@ from torch import fx, nn
 from compile_modes._compat import frames
 from compile_modes.errors import OverrideError
 from compile_modes.owners import Names
-from compile_modes.rewrite import MODES, Report, owner_matches
+from compile_modes.rewrite import MODES, Report, no_match, owner_matches
 from compile_modes.sites import Site, add_note
 
 # Read their flag to choose between a fast path and the same computation in parts.
@@ -66,6 +66,13 @@ def check_patterns(overrides: Mapping[str, str], found: Sequence[Site], names: N
                 where=f"overrides[{pattern!r}], {', '.join(read[:3])}",
                 remedy="set the flag itself, by train() or eval() of that module",
             )
+
+
+def check_names(overrides: Mapping[str, str], names: Names) -> None:
+    """Raises OverrideError for patterns that match no module at all, where not all sites are at hand."""
+    for pattern in overrides if names.everything else ():
+        if not any(owner_matches(name, pattern) for name in names.everything):
+            raise no_match(pattern, sorted(names.everything), "overrides", "part of the module, let alone a")
 
 
 def _below(owner: str, names: Names) -> list[str]:

@@ -28,11 +28,13 @@ class Names:
     Attributes:
         variables: where the name of each variable that holds a module begins: ``{"L['self']": "layers.0"}``.
         modules: every module below those variables, by its full name.
+        everything: the names of all modules that there are; empty if the compiled module isn't known.
         read: the full names of modules whose ``training`` Python has read.
     """
 
     variables: dict[str, str] = field(default_factory=dict)
     modules: dict[str, nn.Module] = field(default_factory=dict)
+    everything: set[str] = field(default_factory=set)
     read: set[str] = field(default_factory=set)
 
     @classmethod
@@ -40,6 +42,8 @@ class Names:
         """The names of the frame that Dynamo is compiling; empty outside of Dynamo."""
         names, root = cls(), frames.compiled_root()
         known = {} if root is None else {module: path for path, module in root.named_modules()}
+        if root is not None:
+            names.everything.update(name for name, _ in root.named_modules(remove_duplicate=False))
         for variable, module in frames.roots_read().items():
             start = names.variables[variable] = known.get(module, "")
             for path, submodule in module.named_modules(remove_duplicate=False):

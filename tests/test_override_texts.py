@@ -31,6 +31,22 @@ the pattern 'child.blok1.bn' matches no mode-dependent site
     )
 
 
+def test_a_pattern_that_matches_nothing_in_a_part():
+    class Broken(Parent):
+        def forward(self, x):
+            x = self.stem(x)
+            torch._dynamo.graph_break()
+            return self.child(x)
+
+    assert_expected_inline(
+        said(Broken(ConvNet()), IMAGE, overrides={"child.blok1.bn": "eval"}),
+        """\
+the pattern 'child.blok1.bn' matches no part of the module, let alone a site
+  where: overrides['child.blok1.bn']
+  what to do: owners here: 'child.block1.bn', 'child.block2.bn', 'child.block1'""",
+    )
+
+
 def test_a_mode_that_is_none():
     assert_expected_inline(
         said(ConvNet(), IMAGE, overrides={"*bn": "frozen"}),
