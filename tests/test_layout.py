@@ -8,7 +8,7 @@ import compile_modes
 PACKAGE = Path(compile_modes.__file__).parent
 # Each file imports only from files to its left.
 ORDER = [
-    "_compat", "_compat.archives", "_compat.frames", "errors", "dual", "container", "storages", "loader",
+    "_compat", "_compat.archives", "_compat.frames", "errors", "console", "dual", "container", "storages", "loader",
     "archive", "counters", "gates", "cumulative", "ops", "bodies", "source", "regions", "folding", "flags",
     "sites", "listing", "rewrite", "recompose", "remarks", "planning", "binding", "pairing", "exporting",
     "saving", "capture", "forms", "forms.recurrent", "backend", "exported", "demo", "__init__", "__main__",
