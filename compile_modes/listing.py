@@ -49,14 +49,14 @@ def survey(obj: Any) -> dict[str, Any]:
 
 
 def surveyed(
-    root: nn.Module, found: list[Site], program: str | None = None, overridden: Collection[Site] = ()
+    root: nn.Module, found: list[Site], program: str | None = None, overridden: Collection[fx.Node] = ()
 ) -> dict[str, Any]:
     """One program of a survey.
 
     Args:
         root: the module with the graph, and ``found`` its sites.
         program: "train" or "eval" if it is one of two.
-        overridden: sites that an override puts where they are.
+        overridden: nodes of sites that an override puts where they are.
 
     Returns:
         - ``program``: "train", "eval" or None, as given.
@@ -69,7 +69,7 @@ def surveyed(
     """
     return {
         "program": program,
-        "sites": [_described(site, site in overridden) for site in found],
+        "sites": [_described(site, site.node in overridden) for site in found],
         "totals": dict(sorted(Counter(site.op.family for site in found).items())),
         "remarks": _remarks(root, found),
     }
@@ -105,7 +105,7 @@ def _table(program: Mapping[str, Any]) -> str:
         literals = ", ".join(f"{name}={value}" for name, value in site["literals"].items())
         limits = [f"not to {mode}: {why}" for mode, why in site["limits"].items()]
         limits = ["the same computation in both modes"] if site["modeless"] else limits
-        held_by = site["held_by"] + (", inverted" if site["inverted"] else "")
+        held_by = site["held_by"] + (", inverted" if site["inverted"] and site["held_by"] == "flag" else "")
         rows.append((site["op"], site["owner"] or "(root)", site["mode"] or "-", held_by, literals, "; ".join(limits)))
     totals = ", ".join(f"{n} {family}" for family, n in program["totals"].items())
     head = ("op", "owner", "mode", "held by", "literals", "limits")
