@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import os
 import sys
 import warnings
 from collections import Counter
@@ -36,8 +37,8 @@ _JSON = """\
   mode, overrides  what was asked for
   difference   of two programs, what they differ in besides modes
   programs     for each: program (a name, or null), sites, totals, remarks; a site has op, family, owner, mode,
-               held_by (flag, literal, hard-coded, kept, override), inverted, modeless, literals, and limits (why
-               it can't be put into "train" or "eval")
+               held_by (once bound: flag, literal, hard-coded, kept, override), inverted, modeless, literals, and
+               limits (why it can't be put into "train" or "eval")
   complaints   what isn't, or may not be, right in the mode that is asked for, if none is in the other mode
   refused      sites that overrides name and that can't be put there: site and reason
   graphs       with --graph: before and after, each with the text of a graph by name of the program
@@ -100,7 +101,12 @@ def _guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace)
             warnings.showwarning = lambda message, *rest, **more: print(f"warning: {message}", file=sys.stderr)
             for name in args.imports:
                 _import(name)
-            return run(args)
+            status = run(args)
+            sys.stdout.flush()
+            return status
+    except BrokenPipeError:  # whoever reads, head say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FINE
     except CompileModesError as error:
         print(f"error: {error}", file=sys.stderr)
         return STUCK if isinstance(error, BindError) else UNUSABLE
@@ -143,7 +149,10 @@ def _requested(opened: Opened, args: argparse.Namespace) -> Request:
 
 
 def _overrides(args: argparse.Namespace) -> dict[str, str]:
-    return dict(reversed(args.override))  # of a pattern that is given twice, the first counts
+    overrides: dict[str, str] = {}
+    for pattern, mode in args.override:
+        overrides.setdefault(pattern, mode)  # of a pattern that is given twice, the first counts
+    return overrides
 
 
 def _program(request: Request) -> dict[str, Any]:
@@ -161,7 +170,8 @@ def _after(request: Request, args: argparse.Namespace) -> str:
 
 def _as_text(report: dict[str, Any]) -> str:
     asked = [f"{report['mode']} mode"] * bool(report["mode"]) + [f"{k}={v}" for k, v in report["overrides"].items()]
-    title = f"{report['file']}, written by {report['writer']}()" + (f", in {', '.join(asked)}" if asked else "")
+    bound = " and bound here" if report["writer"] == "torch.export.save" else ""
+    title = f"{report['file']}, written by {report['writer']}(){bound}" + "".join(f", {item}" for item in asked)
     parts = [title, as_text(report), *report["complaints"]]
     parts += [f"can't be overridden: {r['site']}: {r['reason']}" for r in report["refused"]]
     for when, graphs in report.get("graphs", {}).items():

@@ -4,7 +4,7 @@ import os
 import warnings
 import zipfile
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import nn
@@ -53,24 +53,34 @@ def open_file(path: str) -> Opened:
 
 
 def _exported(path: str) -> ExportedProgram:
-    try:
-        with open(path, "rb") as stream:
-            with zipfile.ZipFile(stream) as archive:
-                damaged = archive.testzip()  # torch does not compare checksums
-            stream.seek(0)
-            programs = archives.load_programs(stream) if damaged is None else {}
-    except Exception as error:  # torch raises whatever its deserializer comes across
-        raise ArchiveError(
-            f"torch {torch.__version__} can't load the program: {type(error).__name__}: {_first_line(error)}",
-            where=path,
-            remedy="import what registers its operators and types (--import), or use the torch that wrote it",
-        ) from error
-    if damaged is not None:
-        raise ArchiveError(f"the file is damaged: {damaged}", where=path, remedy="get another copy, or save it again")
+    with open(path, "rb") as stream:
+        if damage := _damage(stream):
+            raise ArchiveError(
+                f"the file is damaged: {damage}", where=path, remedy="get another copy, or save it again"
+            )
+        stream.seek(0)
+        try:
+            programs = archives.load_programs(stream)
+        except Exception as error:  # torch raises whatever its deserializer comes across
+            raise ArchiveError(
+                f"torch {torch.__version__} can't load the program: {type(error).__name__}: {_first_line(error)}",
+                where=path,
+                remedy="import what registers its operators and types (--import), or use the torch that wrote it",
+            ) from error
     if programs.keys() != {"model"}:
         names = ", ".join(map(repr, programs))
         raise ArchiveError(f"the file holds the programs {names}", where=path, remedy="save one by torch.export.save()")
     return programs["model"]
+
+
+def _damage(stream: IO[bytes]) -> str:
+    """What is wrong with the bytes of an archive, which torch does not ask; empty if nothing is."""
+    try:
+        with zipfile.ZipFile(stream) as archive:
+            bad = archive.testzip()
+    except Exception as error:  # zipfile raises a variety
+        return _first_line(error)
+    return f"the checksum of {bad}" if bad is not None else ""
 
 
 def check_free(path: str) -> None:

@@ -110,7 +110,7 @@ def baked(
     if refused and not allow_stuck:
         raise OverrideError(refused)
     if request.complaints and not allow_stuck:
-        raise BindError("\n".join(request.complaints), remedy="allow_stuck=True leaves that as it is")
+        raise BindError("\n".join(request.complaints))
     for text in [*([refused] if refused else []), *request.complaints]:
         warnings.warn(text, ModeWarning, stacklevel=2)
     return request.carried_out()
