@@ -1,6 +1,7 @@
 """train/eval mode in compiled and exported PyTorch models."""
 
-from compile_modes.binding import bake, bind
+from compile_modes.baking import bake
+from compile_modes.binding import bind
 from compile_modes.cumulative import exportable
 from compile_modes.errors import (
     ArchiveError,

@@ -1,8 +1,10 @@
-"""Command line: ``python -m compile_modes demo``."""
+"""Command line: ``python -m compile_modes`` and demo, explain or bake."""
 
 import argparse
 import sys
 from collections.abc import Sequence
+
+from compile_modes import commands
 
 # Distributions of the "demo" extra, by the module that they bring.
 _DEMO_EXTRA = {"sklearn": "scikit-learn", "rich": "rich"}
@@ -23,13 +25,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m compile_modes", description="train() and eval() in compiled models"
     )
-    commands = parser.add_subparsers(dest="command", title="commands")
-    demo = commands.add_parser("demo", help="train an exported CNN on digits, and compare with an eager twin")
+    subparsers = parser.add_subparsers(dest="command", title="commands")
+    demo = subparsers.add_parser("demo", help="train an exported CNN on digits, and compare with an eager twin")
     demo.add_argument(
         "--epochs", type=_positive, default=8, help="default: %(default)s; the second half runs part-frozen"
     )
     demo.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     demo.set_defaults(run=_demo)
+    commands.add_to(subparsers)
     return parser
 
 

@@ -1,9 +1,9 @@
-"""``bind`` and ``bake``: flags that a graph reads, instead of literals that it has swallowed, and back."""
+"""``bind``: flags that a graph reads, instead of literals that it has swallowed."""
 
-import functools
 import operator
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -11,29 +11,15 @@ from torch import fx, nn
 from compile_modes import _compat, counters, planning
 from compile_modes.bodies import Body, attribute, bodies, join, own
 from compile_modes.dual import DualModule
-from compile_modes.errors import BindError, CompileModesError
-from compile_modes.flags import is_flag
-from compile_modes.folding import unfold
-from compile_modes.gates import GATES
+from compile_modes.errors import BindError, CompileModesError, ModeWarning
 from compile_modes.listing import reused
 from compile_modes.recompose import recompose
 from compile_modes.remarks import remark
-from compile_modes.rewrite import (
-    attr_node,
-    check_overrides,
-    editable,
-    insert_dropout,
-    insert_step,
-    loosen_views,
-    make_one_node,
-    set_argument,
-    write_literal,
-)
-from compile_modes.sites import BOUND, HARD_CODED, KEPT, Site, add_note, graph_root, note, sites
+from compile_modes.rewrite import attr_node, insert_dropout, insert_step, loosen_views, make_one_node, set_argument
+from compile_modes.sites import BOUND, HARD_CODED, KEPT, Site, add_note, graph_root
 from compile_modes.source import Source
 
-_CELL = "_mode_cell"
-_M = TypeVar("_M", bound=nn.Module)
+CELL = "_mode_cell"  # name of a module that holds a flag only, see _cell()
 
 
 def bind(exported: Any, *, keep: Sequence[str] = (), dropout_p: Mapping[str, float] | None = None) -> Any:
@@ -67,6 +53,24 @@ def bind(exported: Any, *, keep: Sequence[str] = (), dropout_p: Mapping[str, flo
         if keep or dropout_p:
             raise BindError("the module is bound already", remedy="pass keep and dropout_p when binding a program")
         return exported  # bound when it was made
+    root, plan, remarks = bind_root(exported, keep, dropout_p)
+    for text in [*planning.complaints(plan), *remarks]:
+        warnings.warn(text, ModeWarning, stacklevel=2)
+    if isinstance(exported, torch.export.ExportedProgram):
+        keep = [keep] if isinstance(keep, str) else keep
+        Source({"model": exported}, keep=keep, dropout_p=dropout_p).stay_with(root)
+        return root
+    return exported
+
+
+def bind_root(
+    exported: Any, keep: Sequence[str], dropout_p: Mapping[str, float] | None
+) -> tuple[nn.Module, planning.Plan, list[str]]:
+    """Binds as :func:`bind` does, without its warnings.
+
+    Returns:
+        The bound module with the graph, what was planned (its sites in the modes of before), and what else to warn of.
+    """
     root = graph_root(exported)
     program = exported if isinstance(exported, torch.export.ExportedProgram) else None
     if program is not None:
@@ -80,13 +84,9 @@ def bind(exported: Any, *, keep: Sequence[str] = (), dropout_p: Mapping[str, flo
     if own(root):
         plan = planning.plan_binding(root, keep, dropout_p)
     carry_out(plan, root)
-    planning.warn(plan, stacklevel=2)
-    if recomposed.decomposed:
-        remark(root, program, any(plan.modes.values()) or any(site.training for site in plan.kept), stacklevel=2)
-    if program is None:
-        return exported
-    Source({"model": program}, keep=[keep] if isinstance(keep, str) else keep, dropout_p=dropout_p).stay_with(root)
-    return root
+    trains = any(plan.modes.values()) or any(site.training for site in plan.kept)
+    remarks = remark(root, program, trains) if recomposed.decomposed else ""
+    return root, plan, [remarks] if remarks else []
 
 
 def carry_out(plan: planning.Plan, root: nn.Module) -> None:
@@ -115,57 +115,6 @@ def carry_out(plan: planning.Plan, root: nn.Module) -> None:
         module.__dict__.pop("eval", None)
     for module in edited:
         _compat.refresh(module)
-
-
-def bake(module: _M, training: bool | None = None) -> _M:
-    """Writes the modes of a bound module back as literals, in place, for tools that want a plain graph.
-
-    ``train()`` and ``eval()`` of the result raise, as those of ``ep.module()`` do, until it is bound again.
-
-    Args:
-        module: a bound module, or an OptimizedModule around one.
-        training: the mode to write into all bound sites; None writes each owner's present one.
-
-    Returns:
-        ``module``.
-
-    Raises:
-        BindError: ``module`` has no graph, or a mode was given and no site is bound.
-        OptionError: ``training`` is not a mode.
-    """
-    check_overrides(training, None)
-    root = editable(module)
-    found = sites(root)
-    bound = [site for site in found if site.bound]
-    if found and not bound and training is not None:
-        raise BindError("no site is bound", where=type(root).__name__, remedy="use set_mode() on an unbound graph")
-    edited: set[nn.Module] = set()
-    for site in bound:
-        mode = site.training if training is None else training is not site.inverted
-        if site.op.flag is None:  # the literal probability, before write_literal decides what stays of it
-            set_argument(site, str(site.op.p), site.p)
-            site.bound = False
-        edited |= write_literal(site, bool(mode))
-        if site.node.target in GATES:
-            unfold(site.node, site.body)
-    for site in found:
-        if note(site.node).get("mode") == KEPT:
-            add_note(site.node, mode=None)
-    for body in bodies(root):
-        _drop_flags(body)
-    for submodule in list(root.modules()):
-        for name in [name for name in submodule._modules if name.startswith(_CELL)]:
-            delattr(submodule, name)
-    for edited_module in edited:
-        _compat.refresh(edited_module)
-    if bound:
-        for name in ("train", "eval"):
-            root.__dict__[name] = functools.partial(_baked, name)
-    return module
-
-
-def _baked(method: str, *args: Any, **kwargs: Any) -> NoReturn:
-    raise BindError(f"{method}() cannot act on baked modes", remedy="call compile_modes.bind(module) first")
 
 
 def _restore_state(root: nn.Module, program: torch.export.ExportedProgram) -> None:
@@ -262,23 +211,14 @@ def _cell(root: nn.Module, body: Body, owner: str) -> str:
     the two places one object. A plain attribute would be lost there: GraphModule copies registered modules only.
     """
     module = root.get_submodule(owner)
-    if _CELL not in module._modules:
-        module.add_module(_CELL, nn.Module())
-    cell = module._modules[_CELL]
+    if CELL not in module._modules:
+        module.add_module(CELL, nn.Module())
+    cell = module._modules[CELL]
     assert cell is not None
     cell.training = module.training
     for name, child in body.module._modules.items():
         if child is cell:
             return f"{name}.training"
-    name = f"{_CELL}_{sum(n.startswith(_CELL) for n in body.module._modules)}"
+    name = f"{CELL}_{sum(n.startswith(CELL) for n in body.module._modules)}"
     body.module.add_module(name, cell)
     return f"{name}.training"
-
-
-def _drop_flags(body: Body) -> None:
-    for node in list(body.graph.nodes):
-        if node.target is operator.mul and not node.users and is_flag(node.args[0]):
-            body.graph.erase_node(node)
-    for node in reversed(list(body.graph.nodes)):
-        if is_flag(node) and not node.users:
-            body.graph.erase_node(node)

@@ -1,6 +1,7 @@
 """The file of an archive: a zip as torch's .pt2 files are, written whole or not at all, and checked while read."""
 
 import contextlib
+import io
 import os
 import secrets
 import shutil
@@ -27,14 +28,28 @@ def label(file: FileLike) -> str:
     return os.fspath(file) if isinstance(file, str | os.PathLike) else f"a {type(file).__name__}"
 
 
-class _Sink:
+class ExportedFile(ArchiveError):
+    """The file is what torch.export.load() reads."""
+
+
+class Sink(io.RawIOBase):
     """A stream that keeps its first error to itself: torch's writer ends the process if a write fails under it."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
         self._error: BaseException | None = None
 
-    def write(self, data: bytes) -> int:
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Does nothing; torch.export.save() goes back to the start of the stream that it has written."""
+        return 0
+
+    def write(self, data: Any) -> int:
         if self._error is None:
             try:
                 self._stream.write(data)
@@ -51,7 +66,7 @@ class _Sink:
 class Writer:
     """Writes records by torch's writer, which aligns them and adds torch's version records and checksums."""
 
-    def __init__(self, archive: PT2ArchiveWriter, sink: _Sink) -> None:
+    def __init__(self, archive: PT2ArchiveWriter, sink: Sink) -> None:
         self._archive, self._sink = archive, sink
 
     def write(self, name: str, data: bytes) -> None:
@@ -75,8 +90,8 @@ def writing(file: FileLike) -> Iterator[Writer]:
         ArchiveError: there is no such directory, the file is a directory, or the disk does not take it.
     """
     try:
-        with _replacing(file) as stream:
-            sink: Any = _Sink(stream)
+        with replacing(file) as stream:
+            sink: Any = Sink(stream)
             with PT2ArchiveWriter(sink) as archive:
                 yield Writer(archive, sink)
             sink.check()
@@ -85,7 +100,8 @@ def writing(file: FileLike) -> Iterator[Writer]:
 
 
 @contextlib.contextmanager
-def _replacing(file: FileLike) -> Iterator[IO[bytes]]:
+def replacing(file: FileLike) -> Iterator[IO[bytes]]:
+    """A stream whose content takes the place of ``file`` when the block ends well; raises OSError or ArchiveError."""
     if not isinstance(file, str | os.PathLike):
         with tempfile.TemporaryFile() as stream:
             yield stream
@@ -95,6 +111,8 @@ def _replacing(file: FileLike) -> Iterator[IO[bytes]]:
     target = os.path.realpath(file)  # a link stays a link
     if os.path.isdir(target):
         raise ArchiveError("the path is a directory", where=label(file), remedy="name a file in it")
+    if os.path.exists(target) and not os.path.isfile(target):  # a device, which os.replace() would do away with
+        raise ArchiveError("the path is not that of a regular file", where=label(file), remedy="name another one")
     directory, name = os.path.split(target)
     temporary = os.path.join(directory, f".{name[:100]}.{secrets.token_hex(8)}")
     try:
@@ -170,7 +188,7 @@ def reading(file: FileLike) -> Iterator[Reader]:
     except ArchiveError as error:
         if error.where:
             raise
-        raise ArchiveError(error.cause, where=label(file), remedy=error.remedy) from error.__cause__
+        raise type(error)(error.cause, where=label(file), remedy=error.remedy) from error.__cause__
     except FileNotFoundError as error:
         raise ArchiveError("there is no such file", where=label(file)) from error
     except IsADirectoryError as error:
@@ -200,7 +218,7 @@ def _foreign(names: set[str], reader: Reader) -> ArchiveError:
     exported = "load it by torch.export.load() and give the program to compile_modes.bind()"
     if ARCHIVE_FORMAT_PATH in names:
         if reader.names(MODELS_DIR):
-            return ArchiveError("the file was written by torch.export.save(), not by compile_modes", remedy=exported)
+            return ExportedFile("the file was written by torch.export.save(), not by compile_modes", remedy=exported)
         return ArchiveError("the .pt2 archive holds no exported program", remedy="export and save a program")
     if "serialized_exported_program.json" in names:
         return ArchiveError("the file was written by torch.export.save() of torch 2.7 or older", remedy=exported)

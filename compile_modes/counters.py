@@ -45,4 +45,6 @@ def insert(graph: fx.Graph, anchor: fx.Node, counter: fx.Node, flag: fx.Node | b
         step = graph.create_node("call_function", target, (counter, operand), name="add_")
     if (stack := anchor.meta.get("nn_module_stack")) is not None:
         step.meta["nn_module_stack"] = stack
+    if "val" in counter.meta:  # which programs of torch.export must have
+        step.meta["val"] = counter.meta["val"]
     return step

@@ -22,7 +22,7 @@ _LIBRARY.define(
 )
 
 
-def _cumulative_batch_norm(
+def cumulative_batch_norm(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -53,7 +53,7 @@ def _move(running: Tensor, batch: Tensor, count: Tensor) -> None:
 
 # Composite, as aten.batch_norm is: training IR keeps the operator whole, and autograd, decompositions and Inductor see
 # what it is made of.
-_LIBRARY.impl("cumulative_batch_norm", _cumulative_batch_norm, "CompositeImplicitAutograd")
+_LIBRARY.impl("cumulative_batch_norm", cumulative_batch_norm, "CompositeImplicitAutograd")
 
 CUMULATIVE_BATCH_NORM = torch.ops.compile_modes.cumulative_batch_norm.default
 

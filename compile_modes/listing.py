@@ -1,36 +1,90 @@
-"""A program's sites as text."""
+"""A program's sites as data and as text."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import fx, nn
 from torch._ops import OpOverload
 
-from compile_modes import _compat
+from compile_modes import _compat, console
 from compile_modes.bodies import Body, bodies, module_classes, module_path, state_path
 from compile_modes.dual import DualModule
 from compile_modes.ops import lookup
 from compile_modes.regions import samplers
-from compile_modes.sites import REMARKS, Site, graph_root, note, sites
+from compile_modes.sites import KEPT, REMARKS, Site, graph_root, note, sites
 
 
 def explain(obj: Any) -> str:
     """A table of the sites of ``obj``: op, owner, mode, literals, and each switch that isn't possible, with the reason.
 
+    "held by" says what decides the mode: a ``flag`` that the graph reads, the ``literal`` that export has baked in, one
+    that is ``hard-coded`` (at odds with its owner's flag) or ``kept`` (on request).
+
     Below it stands what may depend on mode although nothing in the program says so: random numbers that are drawn, and
     buffers that are written, in both modes.
 
-    Takes what :func:`sites` takes and raises what it raises.
+    Takes what :func:`sites` takes and raises what it raises; CompileModesError also if rich is not installed.
+    """
+    return as_text(survey(obj))
+
+
+def survey(obj: Any) -> dict[str, Any]:
+    """What :func:`explain` shows, as data that JSON can hold.
+
+    Args:
+        obj: what :func:`sites` takes.
+
+    Returns:
+        - ``difference``: of two programs, what they differ in besides modes; None for one program.
+        - ``programs``: one item, or two for a module with two programs, as :func:`surveyed` gives them.
     """
     module = getattr(obj, "_orig_mod", obj)
-    if isinstance(module, DualModule):
-        parts = [f"in {name} mode:\n{explain(module.program(name == 'train'))}" for name in ("train", "eval")]
-        return "\n\n".join([f"two programs, which differ in {module.difference}", *parts])
-    root = graph_root(module)  # once: each call of a program's module() makes other nodes
-    found = sites(root)
-    lines = _table(found) if found else ["no mode-dependent sites"]
-    return "\n".join(lines + _remarks(root, found))
+    if not isinstance(module, DualModule):
+        root = graph_root(module)  # once: each call of a program's module() makes other nodes
+        return {"difference": None, "programs": [surveyed(root, sites(root))]}
+    roots = {name: module.program(name == "train") for name in ("train", "eval")}
+    programs = [surveyed(root, sites(root), name) for name, root in roots.items()]
+    return {"difference": module.difference, "programs": programs}
+
+
+def surveyed(
+    root: nn.Module, found: list[Site], program: str | None = None, overridden: Collection[fx.Node] = ()
+) -> dict[str, Any]:
+    """One program of a survey.
+
+    Args:
+        root: the module with the graph, and ``found`` its sites.
+        program: "train" or "eval" if it is one of two.
+        overridden: nodes of sites that an override puts where they are.
+
+    Returns:
+        - ``program``: "train", "eval" or None, as given.
+        - ``sites``: in graph order, each with ``op``, ``family``, ``owner`` (dotted path, "" for the root), ``mode``
+          ("train", "eval"; None if it has none), ``held_by`` ("flag", "literal", "hard-coded", "kept", "override"),
+          ``inverted`` (in train when its flag says eval), ``modeless`` (computes the same in both modes), ``literals``
+          (p, or momentum and eps), and ``limits`` ("train" or "eval", and why it can't be put there).
+        - ``totals``: how many sites of each family.
+        - ``remarks``: what may depend on mode and is no site, a line each.
+    """
+    return {
+        "program": program,
+        "sites": [_described(site, site.node in overridden) for site in found],
+        "totals": dict(sorted(Counter(site.op.family for site in found).items())),
+        "remarks": _remarks(root, found),
+    }
+
+
+def as_text(survey: Mapping[str, Any]) -> str:
+    """A survey as :func:`explain` shows it."""
+    parts = []
+    for program in survey["programs"]:
+        lines = [_table(program)] if program["sites"] else ["no mode-dependent sites"]
+        title = [f"in {program['program']} mode:"] if program["program"] else []
+        parts.append("\n".join([*title, *lines, *program["remarks"]]))
+    if survey["difference"] is not None:
+        parts.insert(0, f"two programs, which differ in {survey['difference']}")
+    return "\n\n".join(parts)
 
 
 def reused(site: Site) -> bool:
@@ -45,14 +99,42 @@ def overriding(found: Iterable[Site]) -> list[str]:
     return sorted(kind.__qualname__ for kind in classes if kind is not None and kind.train is not nn.Module.train)
 
 
-def _table(found: list[Site]) -> list[str]:
-    rows = [("op", "owner", "mode", "held by", "literals", "limits")]
-    rows += [(str(s.op), s.owner or "(root)", *_described(s)) for s in found]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    total = Counter(s.op.family for s in found)
-    lines.append(f"{len(found)} sites: " + ", ".join(f"{n} {family}" for family, n in sorted(total.items())))
-    return lines
+def _table(program: Mapping[str, Any]) -> str:
+    rows = []
+    for site in program["sites"]:
+        literals = ", ".join(f"{name}={value}" for name, value in site["literals"].items())
+        limits = [f"not to {mode}: {why}" for mode, why in site["limits"].items()]
+        limits = ["the same computation in both modes"] if site["modeless"] else limits
+        held_by = site["held_by"] + (", inverted" if site["inverted"] and site["held_by"] == "flag" else "")
+        rows.append((site["op"], site["owner"] or "(root)", site["mode"] or "-", held_by, literals, "; ".join(limits)))
+    totals = ", ".join(f"{n} {family}" for family, n in program["totals"].items())
+    head = ("op", "owner", "mode", "held by", "literals", "limits")
+    return f"{console.table(head, rows)}\n{len(rows)} sites: {totals}"
+
+
+def _described(site: Site, overridden: bool) -> dict[str, Any]:
+    return {
+        "op": str(site.op),
+        "family": site.op.family,
+        "owner": site.owner,
+        "mode": {True: "train", False: "eval", None: None}[site.training],
+        "held_by": "override" if overridden else _held_by(site),
+        "inverted": site.inverted,
+        "modeless": site.modeless,
+        "literals": {name: _plain(value) for name, value in site.literals.items()},
+        "limits": {name: why for name, t in (("train", True), ("eval", False)) if (why := site.refusal(t))},
+    }
+
+
+def _held_by(site: Site) -> str:
+    if site.bound:
+        return "flag"
+    return "hard-coded" if site.hard_coded else "kept" if note(site.node).get("mode") == KEPT else "literal"
+
+
+def _plain(value: Any) -> Any:
+    """A literal as JSON can hold it; one that the graph computes by its name."""
+    return value if isinstance(value, float | int | None) else str(value)
 
 
 def _remarks(root: nn.Module, found: list[Site]) -> list[str]:
@@ -83,15 +165,3 @@ def _written(body: Body, node: fx.Node) -> list[str]:
     values = [node.kwargs.get(a.name, operand) for a, operand in zip(arguments, operands, strict=True)]
     written = [v for a, v in zip(arguments, values, strict=True) if a.alias_info is not None and a.alias_info.is_write]
     return [path for value in written if (path := state_path(body, value)) is not None]
-
-
-def _described(site: Site) -> tuple[str, str, str, str]:
-    mode = {True: "train", False: "eval", None: "-"}[site.training]
-    held = (
-        "flag, inverted" if site.inverted else "flag" if site.bound else "hard-coded" if site.hard_coded else "literal"
-    )
-    literals = ", ".join(f"{name}={value}" for name, value in site.literals.items())
-    limits = [f"not to {name}: {why}" for name, t in (("train", True), ("eval", False)) if (why := site.refusal(t))]
-    if site.modeless:
-        limits = ["the same computation in both modes"]
-    return mode, held, literals, "; ".join(limits)

@@ -1,6 +1,5 @@
 """What :func:`compile_modes.bind` decides before it edits anything: which sites follow which flag, and which can't."""
 
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +8,7 @@ from typing import Any
 from torch import fx, nn
 
 from compile_modes.bodies import bodies, is_batch_norm, module_path
-from compile_modes.errors import BindError, ModeWarning, OptionError
+from compile_modes.errors import BindError, OptionError
 from compile_modes.listing import overriding, reused
 from compile_modes.regions import regions
 from compile_modes.rewrite import check_probabilities, no_match, owner_matches
@@ -164,69 +163,68 @@ def _check_names(root: nn.Module, owners: Iterable[str]) -> None:
                 )
 
 
-def warn(plan: Plan, stacklevel: int) -> None:
-    """Says what will not follow ``train()`` and ``eval()``; ``stacklevel`` as for :func:`warnings.warn`."""
-    _warn_stuck(plan, stacklevel + 2)
-    _warn_uncounted(plan, stacklevel + 2)
-    _warn_reused(plan, stacklevel + 2)
-    if plan.overriding:
-        warnings.warn(
-            f"train() is overridden by {', '.join(plan.overriding[:5])}, but that of a bound module sets all flags "
-            "below it.\n  what to do: after train(), call eval() on what that method keeps in eval; or bind with "
-            "keep=[...]; or use compile_modes.export(model, args)",
-            ModeWarning,
-            stacklevel=stacklevel + 1,
-        )
-    if plan.unclear:
-        owners = sorted({repr(module_path(node)) for node in plan.unclear})
-        warnings.warn(
-            f"random masks of {', '.join(owners[:5])} stay in both modes: one export can't tell whether they depend on "
-            "mode.\n  what to do: compile_modes.export(model, args), which can; or keep=[owner] if they don't",
-            ModeWarning,
-            stacklevel=stacklevel + 1,
-        )
+def complaints(plan: Plan) -> list[str]:
+    """What will not follow ``train()`` and ``eval()``, a text for each reason."""
+    said = (_stuck(plan), _uncounted(plan), _reused(plan), _overriding(plan), _unsaid(plan))
+    return [text for text in said if text]
 
 
-def _warn_stuck(plan: Plan, stacklevel: int) -> None:
+def _overriding(plan: Plan) -> str:
+    if not plan.overriding:
+        return ""
+    return (
+        f"train() is overridden by {', '.join(plan.overriding[:5])}, but that of a bound module sets all flags "
+        "below it.\n  what to do: after train(), call eval() on what that method keeps in eval; or bind with "
+        "keep=[...]; or use compile_modes.export(model, args)"
+    )
+
+
+def _unsaid(plan: Plan) -> str:
+    if not plan.unclear:
+        return ""
+    owners = sorted({repr(module_path(node)) for node in plan.unclear})
+    return (
+        f"random masks of {', '.join(owners[:5])} stay in both modes: one export can't tell whether they depend on "
+        "mode.\n  what to do: compile_modes.export(model, args), which can; or keep=[owner] if they don't"
+    )
+
+
+def _stuck(plan: Plan) -> str:
     if not plan.stuck:
-        return
+        return ""
     lines = [f"  {site.node.name} (owner {site.owner!r}): {why}" for site, why in plan.stuck]
     remedy = f"export in {'eval' if plan.program else 'train'} mode, which keeps what they need"
     if any(site.op.decomposed for site, _ in plan.stuck):
         remedy = "bind the program before run_decompositions()"
-    warnings.warn(
+    return (
         f"{len(lines)} sites keep their exported mode and will not follow train() and eval():\n"
         + "\n".join(lines[:5] + ([f"  and {len(lines) - 5} more, see compile_modes.explain()"] if lines[5:] else []))
-        + f"\n  what to do: {remedy}",
-        ModeWarning,
-        stacklevel=stacklevel,
+        + f"\n  what to do: {remedy}"
     )
 
 
-def _warn_reused(plan: Plan, stacklevel: int) -> None:
+def _reused(plan: Plan) -> str:
     again = [site for site in plan.bindable if reused(site)]
-    if again:
-        named = ", ".join(map(str, again[:3]))
-        warnings.warn(
-            f"{len(again)} dropouts exported in eval mode have several users: {named}\n  If the model uses the input "
-            "of one of them again, train mode is wrong: in eval the two are one tensor, and export can't tell.\n"
-            "  what to do: export in train mode, or compile_modes.export(model, args)",
-            ModeWarning,
-            stacklevel=stacklevel,
-        )
+    if not again:
+        return ""
+    named = ", ".join(map(str, again[:3]))
+    return (
+        f"{len(again)} dropouts exported in eval mode have several users: {named}\n  If the model uses the input "
+        "of one of them again, train mode is wrong: in eval the two are one tensor, and export can't tell.\n"
+        "  what to do: export in train mode, or compile_modes.export(model, args)"
+    )
 
 
-def _warn_uncounted(plan: Plan, stacklevel: int) -> None:
+def _uncounted(plan: Plan) -> str:
     """A batch norm module always has a counter; its absence from an eval program means that export has dropped it."""
     lost = [
         site.owner
         for site in plan.bindable
         if site.op.counter and site.counter is None and is_batch_norm(site.node) and not site.training
     ]
-    if lost:
-        warnings.warn(
-            f"num_batches_tracked of {', '.join(map(repr, lost[:5]))} is not in the exported module and will not be "
-            "counted (strict export in eval mode drops it).\n  what to do: bind the ExportedProgram instead",
-            ModeWarning,
-            stacklevel=stacklevel,
-        )
+    if not lost:
+        return ""
+    return (
+        f"num_batches_tracked of {', '.join(map(repr, lost[:5]))} is not in the exported module and will not be "
+        "counted (strict export in eval mode drops it).\n  what to do: bind the ExportedProgram instead"
+    )

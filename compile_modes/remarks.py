@@ -1,6 +1,5 @@
 """What of a decomposed program depends on mode, is no site, and so is beyond ``train()`` and ``eval()``."""
 
-import warnings
 from collections.abc import Iterator
 
 import torch
@@ -8,7 +7,6 @@ from torch import fx, nn
 
 from compile_modes import _compat
 from compile_modes.bodies import attribute, bodies, join, module_class, module_path
-from compile_modes.errors import ModeWarning
 from compile_modes.ops import STATS, lookup
 from compile_modes.sites import REMARKS
 
@@ -18,28 +16,29 @@ _STAYS = "its dropout is decomposed, and stays as it was exported"
 _RNN = "torch's decomposition of an RNN drops the dropout between its layers, if there was any"
 
 
-def remark(root: nn.Module, program: torch.export.ExportedProgram | None, trains: bool, stacklevel: int) -> None:
-    """Warns of what :func:`remarks` finds, and keeps it for ``explain``.
+def remark(root: nn.Module, program: torch.export.ExportedProgram | None, trains: bool) -> str:
+    """Says what :func:`remarks` finds, and keeps it for ``explain``.
 
     Args:
         root: the module of a decomposed program, recomposed as far as possible.
         program: the program, if at hand.
         trains: whether any site is in train mode.
-        stacklevel: as for :func:`warnings.warn`.
+
+    Returns:
+        The text of a warning; empty if there is nothing to say.
     """
     found = list(remarks(root))
     if not trains:
         found += [*_unread(root), *_erased(root, program)]
     root.__dict__.setdefault("meta", {})[REMARKS] = found
-    if found:
-        more = [f"  and {len(found) - 5} more, see compile_modes.explain()"] if found[5:] else []
-        warnings.warn(
-            "the program is decomposed, and parts of it will not follow train() and eval():\n"
-            + "\n".join(["  " + line for line in found[:5]] + more)
-            + "\n  what to do: bind the program before run_decompositions()",
-            ModeWarning,
-            stacklevel=stacklevel + 1,
-        )
+    if not found:
+        return ""
+    more = [f"  and {len(found) - 5} more, see compile_modes.explain()"] if found[5:] else []
+    return (
+        "the program is decomposed, and parts of it will not follow train() and eval():\n"
+        + "\n".join(["  " + line for line in found[:5]] + more)
+        + "\n  what to do: bind the program before run_decompositions()"
+    )
 
 
 def remarks(root: nn.Module) -> Iterator[str]:

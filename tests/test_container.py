@@ -246,7 +246,7 @@ class Full(io.RawIOBase):
 
 @pytest.mark.parametrize("room", [0, 100, 2000, 5000])
 def test_a_full_disk_is_an_error_and_not_the_end_of_the_process(room):
-    sink = container._Sink(Full(room, OSError(errno.ENOSPC, "No space left on device")))
+    sink = container.Sink(Full(room, OSError(errno.ENOSPC, "No space left on device")))
     records = [("a", b"a" * 3000), ("b", torch.zeros(3000, dtype=torch.uint8))]
     with pytest.raises(OSError, match="No space left"), container.PT2ArchiveWriter(sink) as file:
         write_all(container.Writer(file, sink), records)

@@ -9,9 +9,15 @@ from torch._export.serde import serialize as serde
 from torch._export.serde.schema import ExportedProgram as ProgramSchema
 from torch._export.serde.schema import PayloadConfig
 from torch._export.serde.schema import PayloadMeta as PayloadMeta
+from torch.export.pt2_archive._package import load_pt2
 
 script_object_to_bytes, script_object_from_bytes = torch._C._pickle_save, torch._C._pickle_load_obj
 serialize_tensor_meta = serde.serialize_tensor_meta
+
+
+def load_programs(stream: Any) -> dict[str, torch.export.ExportedProgram]:
+    """The programs of an archive, as torch.export.load() reads them, which would log a traceback of what is wrong."""
+    return dict(load_pt2(stream).exported_programs)
 
 
 def payloads_to_json(payloads: dict[str, PayloadMeta]) -> bytes:

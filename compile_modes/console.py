@@ -1,0 +1,91 @@
+"""Tables and progress bars, drawn by rich. It is imported when something is drawn, so that the rest runs without it."""
+
+import contextlib
+import importlib
+import io
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from compile_modes.errors import CompileModesError
+
+_UNBOUNDED = 1 << 20  # columns of the console that tables are drawn on
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as plain text, the same on every terminal: one line a row, no colours, no wrapping, no markup.
+
+    Args:
+        head: titles of the columns.
+        rows: cells, as many in each row as there are titles.
+
+    Raises:
+        CompileModesError: rich is not installed.
+    """
+    rich = _rich("table", "console", "text")
+    if rich is None:
+        raise CompileModesError("tables need rich, which is not installed", remedy="pip install rich")
+    drawn = rich["table"].Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title in head:
+        drawn.add_column(rich["text"].Text(title), no_wrap=True)
+    for row in rows:
+        drawn.add_row(*map(rich["text"].Text, row))
+    stream = io.StringIO()
+    # Said in full, for rich would otherwise ask the environment: COLUMNS, FORCE_COLOR, a notebook.
+    console = rich["console"].Console(
+        file=stream,
+        width=_UNBOUNDED,
+        color_system=None,
+        force_terminal=False,
+        force_jupyter=False,
+        legacy_windows=False,
+        _environ={},
+    )
+    console.print(drawn)
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+
+
+@contextlib.contextmanager
+def progress(title: str, steps: Sequence[str], show: bool) -> Iterator[Callable[[], None]]:
+    """A progress bar on stderr that names the step in hand; without rich, or unless ``show``, there is none.
+
+    >>> with progress("warming up", ["train", "eval"], show=False) as advance:
+    ...     for mode in (True, False):
+    ...         advance()
+
+    Args:
+        title: what is going on.
+        steps: a name for each step.
+        show: whether to draw anything.
+
+    Returns:
+        A context manager that gives the function to call after each step.
+    """
+    rich = _rich("progress", "console") if show else None
+    if rich is None:
+        yield lambda: None
+        return
+    columns = (
+        rich["progress"].TextColumn("{task.description}", markup=False),
+        rich["progress"].BarColumn(),
+        rich["progress"].MofNCompleteColumn(),
+        rich["progress"].TimeElapsedColumn(),
+    )
+    with rich["progress"].Progress(*columns, console=rich["console"].Console(stderr=True)) as bar:
+        names = iter(steps)
+        task = bar.add_task(_described(title, names), total=len(steps))
+        yield lambda: bar.update(task, advance=1, description=_described(title, names))
+
+
+def _described(title: str, names: Iterator[str]) -> str:
+    name = next(names, "")
+    return f"{title}: {name}" if name else title
+
+
+def _rich(*parts: str) -> dict[str, Any] | None:
+    """Submodules of rich by name; None if it is not installed."""
+    try:
+        return {part: importlib.import_module(f"rich.{part}") for part in parts}
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "rich":
+            raise
+        return None
