@@ -110,6 +110,7 @@ def pt2e_modes(
     """
     parsed = Options.parse(mode, options)
     compile_fx: Callable[..., Callable[..., Any]] = _compat.inductor(mode, dict(parsed.inductor))
+    frames.name_graph_module()
     _warn_unbound(frames.frame_modules())
     try:
         captured = capture(gm, example_inputs)

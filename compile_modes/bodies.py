@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import fx, nn
+from torch.export.unflatten import InterpreterModule
 
 from compile_modes import _compat, counters, gates
 from compile_modes._compat import frames
@@ -216,9 +217,12 @@ def module_class(node: fx.Node) -> type[nn.Module] | None:
 
 
 def is_batch_norm(node: fx.Node) -> bool | None:
-    """Whether that submodule is one of torch's batch norms, or derived from one; None if its class is not known."""
+    """Whether that submodule is one of torch's batch norms, or derived from one; None if its class is not known.
+
+    Captured from an unflattened module, a node has that module's classes, which don't say what they were before export.
+    """
     kind = module_class(node)
-    return None if kind is None else issubclass(kind, _compat.BATCH_NORM)
+    return None if kind is None or issubclass(kind, InterpreterModule) else issubclass(kind, _compat.BATCH_NORM)
 
 
 def from_dynamo(body: Body) -> bool:

@@ -2,11 +2,14 @@
 
 import sys
 import types
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo.code_context import code_context
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.utils import counters
@@ -24,6 +27,28 @@ def frame_modules() -> list[nn.Module]:
     """The modules among the local variables of the frame that Dynamo is compiling; none outside Dynamo."""
     scope = _frame_scope()
     return [value for value in scope["L"].values() if isinstance(value, nn.Module)] if scope else []
+
+
+def name_graph_module() -> None:
+    """Tells Dynamo whose ``forward`` it is compiling, where it does not know, and lets it start the frame again.
+
+    Nodes of an exported module keep their meta, and with it their owners, in the frames of a GraphModule that Dynamo
+    knows. ``torch.compile(module)`` names it; ``module.compile()`` does not, nor does a wrapper whose hooks part it from
+    the module (DDP, FSDP), and there Dynamo comes upon the module's ``forward`` as a frame of its own.
+
+    Raises:
+        TensorifyScalarRestartAnalysis: the one restart that Dynamo takes from backends (2.11 to 2.14).
+    """
+    try:
+        tx = InstructionTranslator.current_tx()
+    except AttributeError:  # no translation is in progress
+        return
+    module, context = tx.output.local_scope.get("self"), code_context.get_context(tx.f_code)
+    if not isinstance(module, fx.GraphModule) or module.forward.__code__ is not tx.f_code:
+        return
+    if context.get("orig_graphmodule", lambda: None)() is None:
+        context["orig_graphmodule"] = weakref.ref(module)
+        raise TensorifyScalarRestartAnalysis(restart_reason="to keep the owners of an exported module's nodes")
 
 
 def pin_owner(placeholder: fx.Node) -> nn.Module | None:
