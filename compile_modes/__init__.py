@@ -11,6 +11,7 @@ from compile_modes.errors import (
     ModeWarning,
     OptionError,
     OverrideError,
+    WarmupError,
 )
 from compile_modes.exported import (
     allow_exported_model_train_eval,
@@ -23,6 +24,7 @@ from compile_modes.listing import explain
 from compile_modes.rewrite import Report, set_mode
 from compile_modes.saving import load, save
 from compile_modes.sites import Site, sites
+from compile_modes.warmup import warmup
 
 __all__ = [
     "ArchiveError",
@@ -35,6 +37,7 @@ __all__ = [
     "OverrideError",
     "Report",
     "Site",
+    "WarmupError",
     "allow_exported_model_train_eval",
     "bake",
     "bind",
@@ -48,4 +51,5 @@ __all__ = [
     "save",
     "set_mode",
     "sites",
+    "warmup",
 ]

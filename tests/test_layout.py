@@ -8,10 +8,12 @@ import compile_modes
 PACKAGE = Path(compile_modes.__file__).parent
 # Each file imports only from files to its left.
 ORDER = [
-    "_compat", "_compat.archives", "_compat.frames", "errors", "dual", "container", "storages", "loader",
+    "_compat", "_compat.cache",
+    "_compat.archives", "_compat.frames", "errors", "dual", "container", "storages", "loader",
+    "console", "snapshot",
     "archive", "counters", "gates", "cumulative", "ops", "bodies", "source", "regions", "folding", "flags",
     "sites", "listing", "rewrite", "recompose", "remarks", "planning", "binding", "pairing", "exporting",
-    "saving", "capture", "forms", "forms.recurrent", "backend", "exported", "demo", "__init__", "__main__",
+    "saving", "capture", "forms", "forms.recurrent", "backend", "exported", "warmup", "demo", "__init__", "__main__",
 ]  # fmt: skip
 
 
