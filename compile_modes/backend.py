@@ -19,8 +19,9 @@ from compile_modes.folding import unfold_literals
 from compile_modes.forms.recurrent import split_layers
 from compile_modes.rewrite import apply, assign, check_overrides, owner_matches
 from compile_modes.sites import BOUND, Site, sites
+from compile_modes.vectors import make_room
 
-_OWN_OPTIONS = ("training", "overrides")
+_OWN_OPTIONS = ("training", "overrides", "mode_vectors")
 _warned: set[str] = set()
 _warned_modules: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
@@ -32,6 +33,7 @@ class Options:
     training: bool | None = None
     overrides: Mapping[str, str] = field(default_factory=dict)
     inductor: Mapping[str, Any] = field(default_factory=dict)
+    mode_vectors: int | None = None
 
     @property
     def explicit(self) -> bool:
@@ -47,6 +49,11 @@ class Options:
         given = dict(options or {})
         training = given.pop("training", None)
         overrides = check_overrides(training, given.pop("overrides", None))
+        vectors = given.pop("mode_vectors", None)
+        if vectors is not None and (type(vectors) is not int or vectors < 1):
+            raise OptionError(
+                f"mode_vectors is {vectors!r}", where="options", remedy="pass how many to keep, at least 1"
+            )
         known = torch._inductor.list_options()
         for key in given:
             if key.replace("-", "_") not in known:
@@ -55,7 +62,7 @@ class Options:
                     where="options",
                     remedy=_near(key, [*_OWN_OPTIONS, *known]),
                 )
-        return cls(training, overrides, given)
+        return cls(training, overrides, given, vectors)
 
 
 def _near(name: str, known: Sequence[str]) -> str:
@@ -80,7 +87,9 @@ def pt2e_modes(
         example_inputs: its inputs.
         mode: as for stock ``torch.compile``.
         options: ``training``: None follows the flags, True or False forces all sites. ``overrides``:
-            ``{owner glob: "train" | "eval"}``, first match wins. Anything else is an option of Inductor.
+            ``{owner glob: "train" | "eval"}``, first match wins. ``mode_vectors``: how many combinations of modes to
+            keep compiled per function, those used last; without it, Dynamo's ``recompile_limit`` holds, beyond which
+            the function runs in eager mode. Anything else is an option of Inductor.
 
     Returns:
         What Inductor compiled.
@@ -92,11 +101,13 @@ def pt2e_modes(
 
     Warns:
         ModeWarning: the graph can't be retraced, and goes to Inductor as it came; or it holds an exported module that
-            is not bound.
+            is not bound; or Dynamo will not compile the next new combination of modes.
     """
     parsed = Options.parse(mode, options)
     compile_fx: Callable[..., Callable[..., Any]] = _compat.inductor(mode, dict(parsed.inductor))
     _warn_unbound(frames.frame_modules())
+    if full := make_room((mode, repr(parsed)), parsed.mode_vectors):
+        _warn_once(full)
     try:
         captured = capture(gm, example_inputs)
     except CaptureError as error:

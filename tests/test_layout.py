@@ -13,6 +13,7 @@ ORDER = [
     "console", "snapshot",
     "archive", "counters", "gates", "cumulative", "ops", "bodies", "source", "regions", "folding", "flags",
     "sites", "listing", "rewrite", "recompose", "remarks", "planning", "binding", "pairing", "exporting",
+    "vectors",
     "saving", "capture", "forms", "forms.recurrent", "backend", "exported", "warmup", "demo", "__init__", "__main__",
 ]  # fmt: skip
 
