@@ -12,6 +12,7 @@ from compile_modes.errors import (
     ModeWarning,
     OptionError,
     OverrideError,
+    WarmupError,
 )
 from compile_modes.exported import (
     allow_exported_model_train_eval,
@@ -24,6 +25,7 @@ from compile_modes.listing import explain
 from compile_modes.rewrite import Report, set_mode
 from compile_modes.saving import load, save
 from compile_modes.sites import Site, sites
+from compile_modes.warmup import warmup
 
 __all__ = [
     "ArchiveError",
@@ -36,6 +38,7 @@ __all__ = [
     "OverrideError",
     "Report",
     "Site",
+    "WarmupError",
     "allow_exported_model_train_eval",
     "bake",
     "bind",
@@ -49,4 +52,5 @@ __all__ = [
     "save",
     "set_mode",
     "sites",
+    "warmup",
 ]

@@ -28,8 +28,9 @@ from compile_modes.forms.recurrent import split_layers
 from compile_modes.owners import Names, name_owners
 from compile_modes.rewrite import apply, assign, check_overrides, check_probabilities, owner_matches
 from compile_modes.sites import BOUND, Site, sites
+from compile_modes.vectors import make_room
 
-_OWN_OPTIONS = ("training", "overrides", "dropout_p")
+_OWN_OPTIONS = ("training", "overrides", "dropout_p", "mode_vectors")
 _warned: set[str] = set()
 _warned_modules: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
@@ -42,6 +43,7 @@ class Options:
     overrides: Mapping[str, str] = field(default_factory=dict)
     dropout_p: Mapping[str, float] = field(default_factory=dict)
     inductor: Mapping[str, Any] = field(default_factory=dict)
+    mode_vectors: int | None = None
 
     @property
     def explicit(self) -> bool:
@@ -58,6 +60,11 @@ class Options:
         training = given.pop("training", None)
         overrides = check_overrides(training, given.pop("overrides", None))
         dropout_p = check_probabilities(given.pop("dropout_p", None))
+        vectors = given.pop("mode_vectors", None)
+        if vectors is not None and (type(vectors) is not int or vectors < 1):
+            raise OptionError(
+                f"mode_vectors is {vectors!r}", where="options", remedy="pass how many to keep, at least 1"
+            )
         known = torch._inductor.list_options()
         for key in given:
             if key.replace("-", "_") not in known:
@@ -66,7 +73,7 @@ class Options:
                     where="options",
                     remedy=_near(key, [*_OWN_OPTIONS, *known]),
                 )
-        return cls(training, overrides, dropout_p, given)
+        return cls(training, overrides, dropout_p, given, vectors)
 
 
 def _near(name: str, known: Sequence[str]) -> str:
@@ -94,7 +101,9 @@ def pt2e_modes(
             ``{owner glob: "train" | "eval"}``, first match wins. ``dropout_p``: ``{owner glob: probability}`` of
             attention that is put into train, but was traced in eval, where its probability is lost (torch's own
             ``MultiheadAttention`` is asked). Owners go by the names of ``named_modules()`` of the compiled module.
-            Anything else is an option of Inductor.
+            ``mode_vectors``: how many combinations of modes to keep compiled per function, those used last; without
+            it, Dynamo's ``recompile_limit`` holds, beyond which the function runs in eager mode. Anything else is an
+            option of Inductor.
 
     Returns:
         What Inductor compiled.
@@ -106,12 +115,14 @@ def pt2e_modes(
 
     Warns:
         ModeWarning: the graph can't be retraced, and goes to Inductor as it came; or it holds an exported module that
-            is not bound.
+            is not bound; or Dynamo will not compile the next new combination of modes.
     """
     parsed = Options.parse(mode, options)
     compile_fx: Callable[..., Callable[..., Any]] = _compat.inductor(mode, dict(parsed.inductor))
     frames.name_graph_module()
     _warn_unbound(frames.frame_modules())
+    if full := make_room((mode, repr(parsed)), parsed.mode_vectors):
+        _warn_once(full)
     try:
         captured = capture(gm, example_inputs)
     except CaptureError as error:

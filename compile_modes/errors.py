@@ -49,5 +49,9 @@ class ArchiveError(CompileModesError):
     """A file can't be written or read; nothing is left of a file that could not be written whole."""
 
 
+class WarmupError(CompileModesError):
+    """A module can't be warmed up, or a call of it has failed on the way; its state is as it was."""
+
+
 class ModeWarning(UserWarning):
     """Something mode-dependent stays as it is, or a graph reaches Inductor without our stage."""

@@ -8,12 +8,12 @@ import compile_modes
 PACKAGE = Path(compile_modes.__file__).parent
 # Each file imports only from files to its left.
 ORDER = [
-    "_compat", "_compat.archives", "_compat.frames", "_compat.verifiers", "errors", "console", "dual",
-    "container", "storages", "loader", "archive", "counters", "gates", "cumulative", "ops", "bodies", "source",
-    "regions", "folding", "flags", "sites", "listing", "rewrite", "recompose", "remarks", "planning", "binding",
-    "baking", "pairing", "exporting", "saving", "capture", "lifting", "spelling", "programs", "opening",
-    "printing", "owners", "forced", "logs", "forms", "forms.recurrent", "backend", "exported", "demo",
-    "__init__", "commands", "__main__",
+    "_compat", "_compat.cache", "_compat.archives", "_compat.frames", "_compat.verifiers", "errors", "console",
+    "snapshot", "dual", "container", "storages", "loader", "archive", "counters", "gates", "cumulative", "ops",
+    "bodies", "source", "regions", "folding", "flags", "sites", "listing", "rewrite", "recompose", "remarks",
+    "planning", "binding", "baking", "pairing", "exporting", "vectors", "saving", "capture", "lifting",
+    "spelling", "programs", "opening", "printing", "owners", "forced", "logs", "forms", "forms.recurrent",
+    "backend", "exported", "warmup", "demo", "__init__", "commands", "__main__",
 ]  # fmt: skip
 
 
