@@ -18,7 +18,7 @@ import compile_modes as cm
 from compile_modes import opening
 from compile_modes.__main__ import main
 
-from nets import IMAGE, Attention, Auxiliary, ConvNet, EveryFlag, HardCoded, Small  # isort: skip
+from nets import IMAGE, Attention, Auxiliary, ConvNet, EveryFlag, HardCoded, Regions, Small  # isort: skip
 
 VECTORS = torch.randn(6, 4, generator=torch.Generator().manual_seed(3))
 TOKENS = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(4))
@@ -164,6 +164,15 @@ forward(x):
     return (dropout,)
 """,
     )
+
+
+def test_graphs_of_regions_are_shown_below(run, files):
+    torch.export.save(torch.export.export(Regions(), (IMAGE,)), files / "regions.pt2")
+    after = run("explain", "regions.pt2", "--graph", "--mode", "eval")[1].partition("after")[2]
+    root, *regions = after.split("\n\n")
+    assert "wrap_with_set_grad_enabled(False, submod_" in root
+    assert len(regions) == 2
+    assert all(region.startswith("submod_") and ", False)  # " in region for region in regions)
 
 
 def test_explain_for_machines(run):

@@ -177,6 +177,61 @@ def test_everything_that_a_signature_holds_is_kept(start, mode):
     does_as_eager(result, model, mode, torch.randn(9, 4), **kwargs)
 
 
+class Symbols(nn.Module):
+    """Sizes that depend on each other, one that is returned, and an input that is written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(4, momentum=0.3)
+        self.drop = nn.Dropout(0.2, inplace=True)
+
+    def forward(self, x, y):
+        torch._check(y.shape[0] == 2 * x.shape[0])
+        z = self.bn(torch.cat([x, y]))
+        return self.drop(z) * 2, z.shape[0]
+
+
+@pytest.mark.parametrize("start", [True, False])
+def test_dynamic_sizes_and_their_guards_are_kept_from_file_to_file(start):
+    model = Symbols().train(start)
+    batch = torch.export.Dim("batch", min=2, max=100)
+    shapes = ({0: batch}, {0: 2 * batch})
+    program = torch.export.export(model, (torch.randn(3, 4), torch.randn(6, 4)), dynamic_shapes=shapes)
+    for mode in (not start, start, not start):
+        program = reloaded(baked(program, mode))
+        model.load_state_dict(program.state_dict)
+        does_as_eager(program, model, mode, torch.randn(5, 4), torch.randn(10, 4))
+        with pytest.raises((RuntimeError, AssertionError)):
+            program.module()(torch.randn(5, 4), torch.randn(11, 4))
+
+
+class Branches(nn.Module):
+    """A branch of cond with a dropout, in whose body the owner is the root; and an input that is written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.fc = nn.BatchNorm1d(4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x.mul_(2)
+        return torch.cond(x.sum() > 0, lambda x: F.dropout(self.fc(x), 0.3, self.training), torch.sin, (self.bn(x),))
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_branches_and_inputs_that_are_written_to(mode):
+    model = Branches()
+    result = baked(exported(model, VECTORS.clone(), True), mode)
+    assert is_standard(result)
+    assert is_standard(result.run_decompositions())
+    pairs = [(m, VECTORS.abs()) for m in (model.train(mode), reloaded(result).module())]
+    outputs = []
+    for m, x in pairs:
+        torch.manual_seed(0)
+        outputs.append((m(x), x))
+    same(*outputs)
+    same_state(model, pairs[1][0], 0.0)
+
+
 def test_what_torch_adds_to_a_program_is_kept():
     """Guards that only the deserializer knows, and signatures of modules whose values are still there."""
     model = nn.Sequential(ConvNet(), nn.Linear(5, 2), DropPath(0.2))

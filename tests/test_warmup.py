@@ -299,15 +299,15 @@ def test_inference_tensors(no_inductor):
 def test_the_bar_names_the_steps(no_inductor, capsys):
     call = torch.compile(ConvNet(), backend="pt2e_modes")
     cm.warmup(call, IMAGE)
-    assert "2/2" in capsys.readouterr().out
+    assert "2/2" in capsys.readouterr().err
     cm.warmup(call, IMAGE, progress=False)
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
 
 
 def test_no_bar_without_rich(no_inductor, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "rich.progress", None)
     assert cm.warmup(torch.compile(ConvNet(), backend="pt2e_modes"), IMAGE) == 2
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
 
 
 def says(error, *args, **kwargs):
