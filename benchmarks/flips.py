@@ -17,8 +17,6 @@ import gc
 import itertools
 import json
 import logging
-import os
-import platform
 import sys
 import time
 import types
@@ -29,13 +27,13 @@ from statistics import median
 from typing import Any
 
 import torch
+from common import short, versions
 from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 
 import compile_modes as cm
 
 try:
-    import torchao
     from rich.console import Console
     from rich.table import Table
     from torchao.quantization.pt2e import allow_exported_model_train_eval
@@ -289,10 +287,6 @@ def train_step(call: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, s
     return tensors
 
 
-def short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
-
-
 def timing(times: list[float], own: list[float]) -> str:
     """A median, and how many times ours it is."""
     cell = f"{short(1e3 * median(times))} ms"
@@ -359,8 +353,7 @@ def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
     model, x = make_model(args.model)
-    head = {"torch": torch.__version__, "torchao": torchao.__version__, "python": platform.python_version()}
-    head |= {"device": "CPU", "cores": str(os.cpu_count()), "threads": str(args.threads), "model": args.model}
+    head = versions("torchao") | {"device": "CPU", "threads": str(args.threads), "model": args.model}
     # Wide enough for the table also where the output is no terminal.
     console = Console() if sys.stdout.isatty() else Console(width=200)
     results = {name: Result() for name in CONTENDERS}

@@ -90,7 +90,8 @@ def _rng_after(reference: Any, call: Any, inputs: Sequence[torch.Tensor], seed: 
     states = []
     for f in (reference, call):
         _run(f, inputs, seed)
-        states.append(torch.get_rng_state())
+        gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        states.append(torch.cat([torch.get_rng_state(), *gpus]))
     return states
 
 
