@@ -17,6 +17,7 @@ from compile_modes.capture import capture
 from compile_modes.errors import CaptureError, ModeWarning, OptionError, OverrideError
 from compile_modes.folding import unfold_literals
 from compile_modes.forms.recurrent import split_layers
+from compile_modes.forms.saved import keyed, pin_reads
 from compile_modes.rewrite import apply, assign, check_overrides, owner_matches
 from compile_modes.sites import BOUND, Site, sites
 
@@ -95,7 +96,7 @@ def pt2e_modes(
             is not bound.
     """
     parsed = Options.parse(mode, options)
-    compile_fx: Callable[..., Callable[..., Any]] = _compat.inductor(mode, dict(parsed.inductor))
+    compile_fx = keyed(_compat.inductor(mode, dict(parsed.inductor)))
     frames.name_graph_module()
     _warn_unbound(frames.frame_modules())
     try:
@@ -224,4 +225,5 @@ def _in_form(graph: fx.GraphModule, found: Sequence[Site]) -> fx.GraphModule:
             f"{site.op.overload} (owner {site.owner!r}) is compiled without its dropout between layers: torch's "
             "decomposition loses it (_decomp/decompositions.py). Run this module in eager mode to train with it."
         )
+    pin_reads(graph, found)
     return graph
