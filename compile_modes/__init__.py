@@ -22,6 +22,7 @@ from compile_modes.exported import (
 )
 from compile_modes.exporting import export
 from compile_modes.listing import explain
+from compile_modes.literals import restore_literals
 from compile_modes.rewrite import Report, set_mode
 from compile_modes.saving import load, save
 from compile_modes.sites import Site, sites
@@ -49,6 +50,7 @@ __all__ = [
     "model_is_exported",
     "move_exported_model_to_eval",
     "move_exported_model_to_train",
+    "restore_literals",
     "save",
     "set_mode",
     "sites",

@@ -25,6 +25,7 @@ from compile_modes.forced import (
     supply_dropout,
 )
 from compile_modes.forms.recurrent import split_layers
+from compile_modes.forms.saved import keyed, pin_reads
 from compile_modes.owners import Names, name_owners
 from compile_modes.rewrite import apply, assign, check_overrides, check_probabilities, owner_matches
 from compile_modes.sites import BOUND, Site, sites
@@ -118,7 +119,7 @@ def pt2e_modes(
             is not bound; or Dynamo will not compile the next new combination of modes.
     """
     parsed = Options.parse(mode, options)
-    compile_fx: Callable[..., Callable[..., Any]] = _compat.inductor(mode, dict(parsed.inductor))
+    compile_fx = keyed(_compat.inductor(mode, dict(parsed.inductor)))
     frames.name_graph_module()
     _warn_unbound(frames.frame_modules())
     if full := make_room((mode, repr(parsed)), parsed.mode_vectors):
@@ -265,4 +266,5 @@ def _in_form(graph: fx.GraphModule, found: Sequence[Site]) -> fx.GraphModule:
             f"{site.op.overload} (owner {site.owner!r}) is compiled without its dropout between layers: torch's "
             "decomposition loses it (_decomp/decompositions.py). Run this module in eager mode to train with it."
         )
+    pin_reads(graph, found)
     return graph

@@ -10,10 +10,11 @@ PACKAGE = Path(compile_modes.__file__).parent
 ORDER = [
     "_compat", "_compat.cache", "_compat.archives", "_compat.frames", "_compat.verifiers", "errors", "console",
     "snapshot", "dual", "container", "storages", "loader", "archive", "counters", "gates", "cumulative", "ops",
-    "bodies", "source", "regions", "folding", "flags", "sites", "listing", "rewrite", "recompose", "remarks",
-    "planning", "binding", "baking", "pairing", "exporting", "vectors", "saving", "capture", "lifting",
-    "spelling", "programs", "opening", "printing", "owners", "forced", "logs", "forms", "forms.recurrent",
-    "backend", "exported", "warmup", "demo", "__init__", "commands", "__main__",
+    "bodies", "source", "regions", "folding", "flags", "sites", "listing", "rewrite", "literals", "recompose",
+    "remarks", "planning", "binding", "baking", "pairing", "exporting", "vectors", "saving", "capture",
+    "lifting", "spelling", "programs", "opening", "printing", "owners", "forced", "logs", "forms",
+    "forms.recurrent", "forms.saved", "backend", "exported", "warmup", "demo", "__init__", "commands",
+    "__main__",
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -42,6 +43,12 @@ class TwoPrograms(Net):
 
 
 X = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(2))
+
+
+KINDS = pytest.mark.parametrize(
+    "kind",
+    ["bound", pytest.param("eager", marks=pytest.mark.slow), pytest.param("dual", marks=pytest.mark.slow)],
+)
 
 
 def bound(model: nn.Module, dynamic_shapes=None) -> nn.Module:

@@ -11,15 +11,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 import compile_modes as cm
 from compile_modes._compat.frames import graphs_compiled
 
-from models import Net, X, bound, compile_, make  # isort: skip
+from models import KINDS, Net, X, bound, compile_, make  # isort: skip
 from oracle import agrees, same_state  # isort: skip
 
 pytestmark = pytest.mark.usefixtures("no_inductor")
-KINDS = pytest.mark.parametrize("kind", ["eager", "bound", "dual"])
-EAGER_OR_BOUND = pytest.mark.parametrize("kind", ["eager", "bound"])
 
 
-def in_step(pairs, optimizers, *, rounds=2, after=lambda: None):
+def in_step(pairs, optimizers, *, rounds=1, after=lambda: None):
     """Trains pairs of (module, call) for two steps per round, and compares their outputs in both modes."""
     for _ in range(rounds):
         for mode in (True, False):
@@ -40,7 +38,9 @@ def in_step(pairs, optimizers, *, rounds=2, after=lambda: None):
 
 
 @KINDS
-@pytest.mark.parametrize("use_buffers", [False, True], ids=["weights", "weights-and-buffers"])
+@pytest.mark.parametrize(
+    "use_buffers", [pytest.param(False, marks=pytest.mark.slow), True], ids=["weights", "weights-and-buffers"]
+)
 def test_an_averaged_copy_is_evaluated_while_the_model_trains(kind, use_buffers):
     reference, module = make(kind)
     averages = [
@@ -64,6 +64,7 @@ def test_an_averaged_copy_is_evaluated_while_the_model_trains(kind, use_buffers)
     assert not torch.equal(evaluations[0][0], evaluations[-1][0])
 
 
+@pytest.mark.slow
 def test_update_bn_on_an_averaged_eager_model_that_is_compiled():
     reference, module = make("eager")
     averages = [AveragedModel(m) for m in (reference, module)]
@@ -107,7 +108,7 @@ def test_assigned_weights_are_the_compiled_module_s_own(kind):
     assert not torch.equal(given["block1.bn.running_mean"], new["block1.bn.running_mean"])
 
 
-@EAGER_OR_BOUND
+@KINDS
 def test_assigned_counters_advance_where_training_is_forced(kind):
     """Dynamo's eval graph doesn't carry them."""
     reference, module = make(kind)
@@ -132,7 +133,7 @@ def test_saved_state_of_module_and_optimizer(kind):
     reference, module = make(kind)
     compiled = compile_(module)
     optimizers = [torch.optim.AdamW(m.parameters(), lr=0.01) for m in (reference, module)]
-    in_step([(reference, reference), (module, compiled)], optimizers, rounds=1)
+    in_step([(reference, reference), (module, compiled)], optimizers)
     file = io.BytesIO()
     torch.save({"model": compiled.state_dict(), "optimizer": optimizers[1].state_dict()}, file)
     file.seek(0)
@@ -144,15 +145,15 @@ def test_saved_state_of_module_and_optimizer(kind):
     compiled.load_state_dict(saved["model"])
     optimizers[1] = torch.optim.AdamW(module.parameters(), lr=0.01)
     optimizers[1].load_state_dict(saved["optimizer"])
-    in_step([(reference, reference), (module, compiled)], optimizers, rounds=1)
+    in_step([(reference, reference), (module, compiled)], optimizers)
 
 
-@EAGER_OR_BOUND
-@pytest.mark.parametrize("form", ["foreach", "fused"])
+@KINDS
+@pytest.mark.parametrize("form", [pytest.param("foreach", marks=pytest.mark.slow), "fused"])
 def test_optimizers_over_many_tensors(kind, form):
     reference, module = make(kind)
     optimizers = [torch.optim.AdamW(m.parameters(), lr=0.02, **{form: True}) for m in (reference, module)]
-    in_step([(reference, reference), (module, compile_(module))], optimizers)
+    in_step([(reference, reference), (module, compile_(module))], optimizers, rounds=2)
     assert graphs_compiled() == 2
 
 
