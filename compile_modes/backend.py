@@ -14,15 +14,13 @@ from torch.export.unflatten import UnflattenedModule
 from compile_modes import _compat
 from compile_modes._compat import frames
 from compile_modes.capture import capture
-from compile_modes.errors import CaptureError, ModeWarning, OptionError, OverrideError
-from compile_modes.folding import unfold_literals
-from compile_modes.forms.recurrent import split_layers
-from compile_modes.rewrite import apply, assign, check_overrides, owner_matches
+from compile_modes.errors import CaptureError, ModeWarning, OptionError
+from compile_modes.rewrite import check_overrides
 from compile_modes.sites import BOUND, Site, sites
+from compile_modes.staging import in_form, put_into_modes, warn_once
 from compile_modes.vectors import make_room
 
 _OWN_OPTIONS = ("training", "overrides", "mode_vectors")
-_warned: set[str] = set()
 _warned_modules: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
@@ -107,19 +105,28 @@ def pt2e_modes(
     compile_fx: Callable[..., Callable[..., Any]] = _compat.inductor(mode, dict(parsed.inductor))
     _warn_unbound(frames.frame_modules())
     if full := make_room((mode, repr(parsed)), parsed.mode_vectors):
-        _warn_once(full)
+        warn_once(full)
     try:
         captured = capture(gm, example_inputs)
     except CaptureError as error:
         if parsed.explicit:
             raise
-        _warn_once(f"pt2e_modes hands a graph to Inductor as it came.\n{error}")
-        return compile_fx(_in_form(gm, sites(gm)), example_inputs)
+        warn_once(f"pt2e_modes hands a graph to Inductor as it came.\n{error}")
+        return compile_fx(in_form(gm, sites(gm)), example_inputs)
     found = sites(captured)
     if not parsed.explicit:
-        return _compile_either(compile_fx, _in_form(captured, found), gm, example_inputs)
-    advanced = _put_into_modes(captured, found, parsed, whole=frames.is_whole_frame(gm))
-    compiled = compile_fx(_in_form(captured, found), example_inputs)
+        return _compile_either(compile_fx, in_form(captured, found), gm, example_inputs)
+    outside: dict[Site, nn.Module] = {}  # batch norms whose counter the graph can't reach
+    changed = put_into_modes(
+        captured,
+        found,
+        parsed.training,
+        parsed.overrides,
+        whole=frames.is_whole_frame(gm),
+        refusal=lambda site, training: _refusal(site, training, outside),
+    )
+    compiled = compile_fx(in_form(captured, found), example_inputs)
+    advanced = [weakref.ref(outside[site]) for site in changed if site in outside]
     return _advancing(compiled, advanced) if advanced else compiled
 
 
@@ -138,32 +145,10 @@ def _compile_either(
     except _compat.CONTROL_FLOW:
         raise
     except Exception as error:  # Inductor's own; if the reason is not our stage, the second attempt raises it
-        compiled = compile_fx(_in_form(gm, sites(gm)), example_inputs)
+        compiled = compile_fx(in_form(gm, sites(gm)), example_inputs)
         first_line = (str(error).splitlines() or [""])[0]
-        _warn_once(f"pt2e_modes hands a graph to Inductor as it came: {type(error).__name__}: {first_line}")
+        warn_once(f"pt2e_modes hands a graph to Inductor as it came: {type(error).__name__}: {first_line}")
         return compiled
-
-
-def _put_into_modes(
-    captured: fx.GraphModule, found: Sequence[Site], options: Options, *, whole: bool
-) -> list["weakref.ref[nn.Module]"]:
-    """Rewrites a captured graph as asked; returns the batch norms whose counter the graph can't reach."""
-    owners = {site.owner for site in found}
-    if whole:
-        overrides = options.overrides
-    else:  # a pattern may be meant for another part of the module
-        overrides = {p: m for p, m in options.overrides.items() if any(owner_matches(o, p) for o in owners)}
-    outside: dict[Site, nn.Module] = {}
-    report = apply(captured, assign(found, options.training, overrides), lambda s, t: _refusal(s, t, outside))
-    if report.refused:
-        raise OverrideError(
-            f"{len(report.refused)} sites can't be put into the mode that was asked for:\n"
-            + "\n".join(f"  {site}: {why}" for site, why in report.refused),
-            remedy='leave them out by a pattern of their own that comes first, such as {"*.self_attn": "eval"}',
-        )
-    unfold_literals(captured)
-    captured.recompile()
-    return [weakref.ref(outside[site]) for site in report.changed if site in outside]
 
 
 def _refusal(site: Site, training: bool, outside: dict[Site, nn.Module]) -> str:
@@ -190,12 +175,6 @@ def _advancing(compiled: Callable[..., Any], owners: list["weakref.ref[nn.Module
         return compiled(*args)
 
     return run
-
-
-def _warn_once(text: str) -> None:
-    if text not in _warned:
-        _warned.add(text)
-        warnings.warn(text, ModeWarning, stacklevel=2)
 
 
 def _exported(module: nn.Module) -> Iterator[nn.Module]:
@@ -225,13 +204,3 @@ def _warn_unbound(roots: Sequence[nn.Module]) -> None:
                     ModeWarning,
                     stacklevel=2,
                 )
-
-
-def _in_form(graph: fx.GraphModule, found: Sequence[Site]) -> fx.GraphModule:
-    """Lowers sites as their mode, now final, asks for."""
-    for site in split_layers(graph, found):
-        _warn_once(
-            f"{site.op.overload} (owner {site.owner!r}) is compiled without its dropout between layers: torch's "
-            "decomposition loses it (_decomp/decompositions.py). Run this module in eager mode to train with it."
-        )
-    return graph

@@ -9,12 +9,12 @@ PACKAGE = Path(compile_modes.__file__).parent
 # Each file imports only from files to its left.
 ORDER = [
     "_compat", "_compat.cache",
-    "_compat.archives", "_compat.frames", "errors", "dual", "container", "storages", "loader",
+    "_compat.archives", "_compat.frames", "_compat.passes", "errors", "dual", "container", "storages", "loader",
     "console", "snapshot",
     "archive", "counters", "gates", "cumulative", "ops", "bodies", "source", "regions", "folding", "flags",
     "sites", "listing", "rewrite", "recompose", "remarks", "planning", "binding", "pairing", "exporting",
-    "vectors",
-    "saving", "capture", "forms", "forms.recurrent", "backend", "exported", "warmup", "demo", "__init__", "__main__",
+    "saving", "capture", "forms", "forms.recurrent", "staging", "passes", "vectors", "backend", "exported",
+    "warmup", "demo", "__init__", "__main__",
 ]  # fmt: skip
 
 
