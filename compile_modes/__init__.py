@@ -23,6 +23,7 @@ from compile_modes.exported import (
 from compile_modes.exporting import export
 from compile_modes.listing import explain
 from compile_modes.literals import restore_literals
+from compile_modes.passes import ModePass
 from compile_modes.rewrite import Report, set_mode
 from compile_modes.saving import load, save
 from compile_modes.sites import Site, sites
@@ -34,6 +35,7 @@ __all__ = [
     "CaptureError",
     "CompileModesError",
     "ExportError",
+    "ModePass",
     "ModeWarning",
     "OptionError",
     "OverrideError",

@@ -15,24 +15,14 @@ from compile_modes import _compat, logs
 from compile_modes._compat import frames
 from compile_modes.capture import capture
 from compile_modes.errors import CaptureError, ModeWarning, OptionError
-from compile_modes.folding import unfold_literals
-from compile_modes.forced import (
-    check_names,
-    check_patterns,
-    check_recurrent,
-    decided_by_python,
-    refused,
-    supply_dropout,
-)
-from compile_modes.forms.recurrent import split_layers
-from compile_modes.forms.saved import keyed, pin_reads
+from compile_modes.forms.saved import keyed
 from compile_modes.owners import Names, name_owners
-from compile_modes.rewrite import apply, assign, check_overrides, check_probabilities, owner_matches
+from compile_modes.rewrite import check_overrides, check_probabilities
 from compile_modes.sites import BOUND, Site, sites
+from compile_modes.staging import in_form, put_into_modes, warn_once
 from compile_modes.vectors import make_room
 
 _OWN_OPTIONS = ("training", "overrides", "dropout_p", "mode_vectors")
-_warned: set[str] = set()
 _warned_modules: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
@@ -123,25 +113,36 @@ def pt2e_modes(
     frames.name_graph_module()
     _warn_unbound(frames.frame_modules())
     if full := make_room((mode, repr(parsed)), parsed.mode_vectors):
-        _warn_once(full)
+        warn_once(full)
     try:
         captured = capture(gm, example_inputs)
     except CaptureError as error:
         if parsed.explicit:
             raise
         logs.left_to_stock(str(error))
-        _warn_once(f"pt2e_modes hands a graph to Inductor as it came.\n{error}")
-        return compile_fx(_in_form(gm, sites(gm)), example_inputs)
+        warn_once(f"pt2e_modes hands a graph to Inductor as it came.\n{error}")
+        return compile_fx(in_form(gm, sites(gm)), example_inputs)
     found, names = sites(captured), Names.of_frame()
     name_owners(captured, found, names)
     logs.graph("captured", captured)
     if not parsed.explicit:
         logs.modes(found, None)
-        return _compile_either(compile_fx, _in_form(captured, found), gm, example_inputs)
-    advanced = _put_into_modes(captured, found, parsed, names, whole=frames.is_whole_frame(gm))
-    captured = _in_form(captured, found)
+        return _compile_either(compile_fx, in_form(captured, found), gm, example_inputs)
+    outside: dict[Site, nn.Module] = {}  # batch norms whose counter the graph can't reach
+    changed = put_into_modes(
+        captured,
+        found,
+        names,
+        parsed.training,
+        parsed.overrides,
+        parsed.dropout_p,
+        whole=frames.is_whole_frame(gm),
+        refusal=lambda site, training: _refusal(site, training, outside),
+    )
+    captured = in_form(captured, found)
     logs.graph("rewritten", captured)
     compiled = compile_fx(captured, example_inputs)
+    advanced = [weakref.ref(outside[site]) for site in changed if site in outside]
     return _advancing(compiled, advanced) if advanced else compiled
 
 
@@ -161,39 +162,11 @@ def _compile_either(
     except _compat.CONTROL_FLOW:
         raise
     except Exception as error:  # Inductor's own; if the reason is not our stage, the second attempt raises it
-        compiled = compile_fx(_in_form(gm, sites(gm)), example_inputs)
+        compiled = compile_fx(in_form(gm, sites(gm)), example_inputs)
         first_line = (str(error).splitlines() or [""])[0]
         logs.left_to_stock(f"{type(error).__name__}: {error}")
-        _warn_once(f"pt2e_modes hands a graph to Inductor as it came: {type(error).__name__}: {first_line}")
+        warn_once(f"pt2e_modes hands a graph to Inductor as it came: {type(error).__name__}: {first_line}")
         return compiled
-
-
-def _put_into_modes(
-    captured: fx.GraphModule, found: Sequence[Site], options: Options, names: Names, *, whole: bool
-) -> list["weakref.ref[nn.Module]"]:
-    """Rewrites a captured graph as asked; returns the batch norms whose counter the graph can't reach."""
-    owners = {site.owner for site in found}
-    supply_dropout(found, options.dropout_p, names)
-    check_recurrent(names, options.training, options.overrides)
-    if whole:
-        overrides = options.overrides
-        check_patterns(overrides, found, names)
-    else:  # a pattern may be meant for another part of the module
-        check_names(options.overrides, names)
-        overrides = {p: m for p, m in options.overrides.items() if any(owner_matches(o, p) for o in owners)}
-    if decided := decided_by_python(found, names, options.training, overrides):
-        _warn_once(
-            f"{', '.join(map(repr, decided[:5]))} read their training flag in Python, where options can't reach: what "
-            "depends on it stays as the flag says.\n  what to do: set the flag, by train() or eval() of the module"
-        )
-    outside: dict[Site, nn.Module] = {}
-    report = apply(captured, assign(found, options.training, overrides), lambda s, t: _refusal(s, t, outside))
-    if report.refused:
-        raise refused(report)
-    logs.modes(found, report)
-    unfold_literals(captured)
-    captured.recompile()
-    return [weakref.ref(outside[site]) for site in report.changed if site in outside]
 
 
 def _refusal(site: Site, training: bool, outside: dict[Site, nn.Module]) -> str:
@@ -220,12 +193,6 @@ def _advancing(compiled: Callable[..., Any], owners: list["weakref.ref[nn.Module
         return compiled(*args)
 
     return run
-
-
-def _warn_once(text: str) -> None:
-    if text not in _warned:
-        _warned.add(text)
-        warnings.warn(text, ModeWarning, stacklevel=2)
 
 
 def _exported(module: nn.Module) -> Iterator[nn.Module]:
@@ -255,16 +222,3 @@ def _warn_unbound(roots: Sequence[nn.Module]) -> None:
                     ModeWarning,
                     stacklevel=2,
                 )
-
-
-def _in_form(graph: fx.GraphModule, found: Sequence[Site]) -> fx.GraphModule:
-    """Lowers sites as their mode, now final, asks for."""
-    chosen, left = split_layers(graph, found)
-    logs.forms(chosen)
-    for site in left:
-        _warn_once(
-            f"{site.op.overload} (owner {site.owner!r}) is compiled without its dropout between layers: torch's "
-            "decomposition loses it (_decomp/decompositions.py). Run this module in eager mode to train with it."
-        )
-    pin_reads(graph, found)
-    return graph

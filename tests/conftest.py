@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 
-from compile_modes import _compat, backend
+from compile_modes import _compat, staging
 
 
 @pytest.fixture(autouse=True)
@@ -13,7 +13,7 @@ def _fresh() -> Iterator[None]:
     """Each test starts with no compiled code, no counts, no memory of warnings, and Inductor drawing as eager does."""
     torch._dynamo.reset()
     counters.clear()
-    backend._warned.clear()
+    staging.WARNED.clear()
     torch.manual_seed(0)
     with inductor_config.patch(fallback_random=True):
         yield

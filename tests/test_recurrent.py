@@ -7,7 +7,7 @@ import torch
 from torch import fx, nn
 
 import compile_modes as cm
-from compile_modes import _compat, backend
+from compile_modes import _compat, staging
 from compile_modes._compat.frames import graphs_compiled
 from compile_modes.bodies import module_path
 from compile_modes.forms.recurrent import split_layers
@@ -282,7 +282,7 @@ class TestSplitLayers:
         assert [site.node for site in split_layers(gm, sites(gm))[1]] == [call]
         assert text(gm) == before
         with pytest.warns(cm.ModeWarning, match="without its dropout between layers"):
-            backend._in_form(gm, sites(gm))
+            staging.in_form(gm, sites(gm))
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""torchao's PT2E quantization-aware training, compiled, with flips and a frozen batch norm, beside the standard flow."""
+"""PT2E quantization-aware training, compiled, with flips and a frozen batch norm, beside the standard flow."""
 
 import copy
 
@@ -61,7 +61,7 @@ def sgd(module):
 
 
 def flow(compiled, bound, standard):
-    """Trains both in step: ours compiled and evaluated in between, the standard one eagerly, for flips would spoil it."""
+    """Trains both in step: ours compiled and evaluated in between, the standard one eagerly, as flips spoil it."""
     optimizers = [sgd(standard), sgd(bound)]
     for call, optimizer in zip((standard, bound), optimizers, strict=True):
         train(call, optimizer, [0])  # in eager mode: the first call gives the observers' state its size
