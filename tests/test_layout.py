@@ -13,7 +13,7 @@ ORDER = [
     "cumulative", "ops", "bodies", "source", "regions", "folding", "flags", "sites", "listing", "rewrite",
     "literals", "recompose", "remarks", "planning", "binding", "baking", "pairing", "exporting", "vectors",
     "saving", "capture", "lifting", "spelling", "programs", "opening", "printing", "owners", "forced", "logs",
-    "forms", "forms.recurrent", "staging", "passes", "forms.saved", "backend", "exported", "warmup", "demo",
+    "forms", "forms.recurrent", "forms.saved", "staging", "passes", "backend", "exported", "warmup", "demo",
     "__init__", "commands", "__main__",
 ]  # fmt: skip
 
