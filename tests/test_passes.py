@@ -50,12 +50,13 @@ def make(model, kind, x):
     return cm.bind(torch.export.export(copy.deepcopy(model), (x,))) if kind == "bound" else copy.deepcopy(model)
 
 
-def agrees(reference, module, compiled, x, steps=3):
+def agrees(reference, module, compiled, x, steps=3, oracle=None):
     """Equal outputs, gradients and state over several steps; the modes are those of the caller."""
+    oracle = reference if oracle is None else oracle
     theirs = dict(module.named_parameters())
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (reference, module)]
     for step in range(steps):
-        outputs = [(torch.manual_seed(step), f(x))[1] for f in (reference, compiled)]
+        outputs = [(torch.manual_seed(step), f(x))[1] for f in (oracle, compiled)]
         torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
         for output, optimizer in zip(outputs, optimizers, strict=True):
             optimizer.zero_grad()
@@ -229,7 +230,9 @@ def test_inductor(case, kind):
     reference = ConvNet()
     module = make(reference, kind, IMAGE).train(flags)
     equivalent(reference.train(flags))
-    agrees(reference, module, inductor(module, cm.ModePass(**options)), IMAGE)
+    # Inductor of torch 2.11 draws in another order than eager despite fallback_random; see test_inductor.py.
+    oracle = reference if torch.__version__ >= "2.12" else torch.compile(reference)
+    agrees(reference, module, inductor(module, cm.ModePass(**options)), IMAGE, oracle=oracle)
 
 
 @pytest.mark.slow
