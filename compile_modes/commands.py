@@ -98,6 +98,7 @@ def _guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace)
     """Runs a command; what is wrong with its input is said on stderr, without a traceback."""
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of some torch releases, about their own code
             warnings.showwarning = lambda message, *rest, **more: print(f"warning: {message}", file=sys.stderr)
             for name in args.imports:
                 _import(name)
