@@ -33,7 +33,9 @@ def pin_reads(graph: fx.GraphModule, found: Iterable[Site]) -> list[fx.Node]:
         The nodes that are saved where the backward pass needs them.
     """
     sites = {site.node: site for site in found}
-    written = {path for s in sites.values() if s.training for n in s.op.stats if (path := state_path(s.body, s.read(n)))}
+    written = {
+        path for s in sites.values() if s.training for n in s.op.stats if (path := state_path(s.body, s.read(n)))
+    }
     graphs = bodies(graph)
     for body in graphs:
         for node in body.graph.nodes:

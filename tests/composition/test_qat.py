@@ -89,36 +89,36 @@ def prepared_pair():
     return standard_with_right_literals(model), bound
 
 
-def check(standard, bound, tolerance):
+def check_state(standard, bound, tolerance):
     for module in (standard, bound):
         for name in ("block1", "block2"):  # the tutorial's way of freezing leaves them counting
             counter = module.get_submodule(f"{name}.bn").num_batches_tracked
             assert counter == (5 if module is standard else 3)
             counter.zero_()
     same_state(standard, bound, tolerance)
+
+
+@quantizes
+def test_compiled_training_with_flips_and_freezing_equals_the_standard_flow(no_inductor):
+    standard, bound = prepared_pair()
+    graphs = graphs_compiled()
+    flow(compile_(bound), bound, standard)
+    assert graphs_compiled() - graphs == 3  # train, eval, train with batch norms frozen
+    check_state(standard, bound, 1e-5)
+
+
+@quantizes
+@pytest.mark.slow
+def test_through_inductor_it_converts_to_what_the_standard_flow_gives():
+    standard, bound = prepared_pair()
+    flow(compile_(bound), bound, standard)
+    check_state(standard, bound, 1e-4)
     expected, found = quantize.convert_pt2e(standard), quantize.convert_pt2e(cm.bake(bound))
     targets = [[str(node.target) for node in module.graph.nodes] for module in (expected, found)]
     assert targets[0] == targets[1]
     assert sum("dequantize" in target for target in targets[0]) > 3
     outputs = [cm.move_exported_model_to_eval(module)(X) for module in (expected, found)]
-    torch.testing.assert_close(*outputs, rtol=tolerance, atol=tolerance)
-
-
-@quantizes
-def test_compiled_training_with_flips_and_freezing_converts_to_what_the_standard_flow_gives(no_inductor):
-    standard, bound = prepared_pair()
-    graphs = graphs_compiled()
-    flow(compile_(bound), bound, standard)
-    assert graphs_compiled() - graphs == 3  # train, eval, train with batch norms frozen
-    check(standard, bound, 1e-5)
-
-
-@quantizes
-@pytest.mark.slow
-def test_the_same_through_inductor():
-    standard, bound = prepared_pair()
-    flow(compile_(bound), bound, standard)
-    check(standard, bound, 1e-4)
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
 
 
 def test_restored_literals_make_a_prepared_module_train_as_the_eager_model(no_inductor):
