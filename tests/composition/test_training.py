@@ -225,5 +225,5 @@ def test_a_bound_module_compiled_in_place_keeps_owners_and_counters(form, option
 def test_a_pattern_that_matches_nothing_is_an_error_for_a_module_compiled_in_place():
     module = bound(Net())
     module.compile(backend="pt2e_modes", options={"overrides": {"block1.bm": "eval"}})
-    with pytest.raises(cm.OverrideError, match="'block1.bn'"):
+    with pytest.raises(cm.OverrideError, match=r"'block1\.bn'"):
         module(X)
