@@ -1,4 +1,4 @@
-"""The code of README.md and docs/: run in order, one namespace per file; a ``text`` block after it is what it prints."""
+"""The code of README.md and docs/, run in order, one namespace per file; a ``text`` block is what the code prints."""
 
 import contextlib
 import io
@@ -14,9 +14,8 @@ from compile_modes import _compat
 
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"^```(?P<info>[^\n]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
-FILES = [
-    path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if "```python" in path.read_text()
-]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+FILES = [path for path in (ROOT / "README.md", *DOCS) if "```python" in path.read_text()]
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 
 
@@ -85,7 +84,7 @@ def test_code_through_inductor_of(path, monkeypatch):
 
 def test_every_guide_is_in_the_index_and_links_lead_somewhere():
     index = (ROOT / "docs" / "README.md").read_text()
-    for path in (ROOT / "docs").glob("*.md"):
+    for path in DOCS:
         assert path.name == "README.md" or f"({path.name})" in index
         for target in LINK.findall(path.read_text()):
             assert (path.parent / target).exists(), f"{path.name} links to {target}"

@@ -11,7 +11,8 @@ ORDER = [
     "_compat", "_compat.archives", "_compat.frames", "errors", "dual", "container", "storages", "loader",
     "archive", "counters", "gates", "cumulative", "ops", "bodies", "source", "regions", "folding", "flags",
     "sites", "listing", "rewrite", "literals", "recompose", "remarks", "planning", "binding", "pairing", "exporting",
-    "saving", "capture", "forms", "forms.recurrent", "forms.saved", "backend", "exported", "demo", "__init__", "__main__",
+    "saving", "capture", "forms", "forms.recurrent", "forms.saved", "backend", "exported", "demo",
+    "__init__", "__main__",
 ]  # fmt: skip
 
 
