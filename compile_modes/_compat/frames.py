@@ -33,8 +33,8 @@ def name_graph_module() -> None:
     """Tells Dynamo whose ``forward`` it is compiling, where it does not know, and lets it start the frame again.
 
     Nodes of an exported module keep their meta, and with it their owners, in the frames of a GraphModule that Dynamo
-    knows. ``torch.compile(module)`` names it; ``module.compile()`` does not, nor does a wrapper whose hooks part it
-    from the module (DDP, FSDP), and there Dynamo comes upon the module's ``forward`` as a frame of its own.
+    knows. ``torch.compile(module)`` names it. ``module.compile()`` does not, nor do wrappers whose hooks stand between
+    (DDP, FSDP): there, Dynamo comes upon the module's ``forward`` as a frame of its own.
 
     Raises:
         TensorifyScalarRestartAnalysis: the one restart that Dynamo takes from backends (2.11 to 2.14).

@@ -33,13 +33,10 @@ def pin_reads(graph: fx.GraphModule, found: Iterable[Site]) -> list[fx.Node]:
         The nodes that are saved where the backward pass needs them.
     """
     sites = {site.node: site for site in found}
-    written = {
-        path for s in sites.values() if s.training for n in s.op.stats if (path := state_path(s.body, s.read(n)))
-    }
     graphs = bodies(graph)
-    for body in graphs:
-        for node in body.graph.nodes:
-            written |= {path for value in _written(node) if (path := state_path(body, value))}
+    operands = [(s.body, s.read(name)) for s in sites.values() if s.training for name in s.op.stats]
+    operands += [(body, value) for body in graphs for node in body.graph.nodes for value in _written(node)]
+    written = {path for body, value in operands if (path := state_path(body, value))}
     pinned = [n for body in graphs for n in _reads(body, written) if n not in sites and not counters.is_counter(n)]
     for node in pinned:
         node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
@@ -50,11 +47,12 @@ def pin_reads(graph: fx.GraphModule, found: Iterable[Site]) -> list[fx.Node]:
 def keyed(compile_fx: Callable[..., Callable[..., Any]]) -> Callable[..., Callable[..., Any]]:
     """A compiler whose cache keeps graphs with pinned reads apart from graphs without."""
 
+    config: Any = torch.compiler.config
+
     def run(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         if not gm.meta.get(_PINNED):
             return compile_fx(gm, example_inputs)
-        tag = torch.compiler.config.cache_key_tag + _CACHE_KEY
-        with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+        with config.patch(cache_key_tag=config.cache_key_tag + _CACHE_KEY):
             return compile_fx(gm, example_inputs)
 
     return run

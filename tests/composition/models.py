@@ -23,7 +23,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """No kinks, and no bias in front of a batch norm: no gradient is zero but for rounding, so any optimizer does."""
+    """Without kinks, and without a bias whose gradient is zero but for rounding: so any optimizer will do."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Run by torchrun, once per process: trains distributed modules beside eager ones, and writes how far they are apart.
+"""Run by torchrun, once per process: trains distributed modules beside eager ones, and notes how far they are apart.
 
 ``worker.py FILE SCENARIO...`` writes ``{scenario: [what each rank found]}`` to FILE.
 """

@@ -1,0 +1,91 @@
+"""The code of README.md and docs/, run in order, one namespace per file; a ``text`` block is what the code prints."""
+
+import contextlib
+import io
+import linecache
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from compile_modes import _compat
+
+ROOT = Path(__file__).parents[1]
+FENCE = re.compile(r"^```(?P<info>[^\n]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+FILES = [path for path in (ROOT / "README.md", *DOCS) if "```python" in path.read_text()]
+LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn, self.drop = nn.BatchNorm1d(4), nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.drop(self.bn(x))
+
+
+class Net(nn.Module):
+    """What the README calls ``net``."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer1, self.layer2 = Layer(), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.layer2(self.layer1(x))
+
+
+def run(path, *, slow):
+    """Runs the blocks of a file; those marked ``slow``, which need Inductor, only if asked for."""
+    if path.name == "qat.md":
+        pytest.importorskip("torchao.quantization.pt2e")
+        if slow and torch.__version__ < "2.12":
+            pytest.skip("torchao's quantizer annotates nothing on torch 2.11, so that there is nothing to convert")
+    text = path.read_text()
+    namespace = {"__name__": "__main__", "net": Net(), "x": torch.randn(6, 4)} if path.name == "README.md" else {}
+    namespace.setdefault("__name__", path.stem)
+    printed, count = "", 0
+    for match in FENCE.finditer(text):
+        language, *marks = match["info"].split() or [""]
+        if language == "text":
+            assert lines(printed) == lines(match["body"]), f"{path.name} shows another output"
+        elif language == "python" and (slow or "slow" not in marks):
+            count += 1
+            name = f"<{path.name}:{text.count(chr(10), 0, match.start('body')) + 1}>"
+            linecache.cache[name] = (len(match["body"]), None, match["body"].splitlines(keepends=True), name)
+            with contextlib.redirect_stdout(io.StringIO()) as output:
+                exec(compile(match["body"], name, "exec"), namespace)
+            printed = output.getvalue()
+    assert count
+
+
+def lines(text):
+    return [line.rstrip() for line in text.strip().splitlines()]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_code_of(path, no_inductor):
+    run(path, slow=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_code_through_inductor_of(path, monkeypatch):
+    handed_over = []
+    inductor = _compat.inductor
+    monkeypatch.setattr(_compat, "inductor", lambda *args: handed_over.append(args) or inductor(*args))
+    run(path, slow=True)
+    assert handed_over or "pt2e_modes" not in "".join(m["body"] for m in FENCE.finditer(path.read_text()))
+
+
+def test_every_guide_is_in_the_index_and_links_lead_somewhere():
+    index = (ROOT / "docs" / "README.md").read_text()
+    for path in DOCS:
+        assert path.name == "README.md" or f"({path.name})" in index
+        for target in LINK.findall(path.read_text()):
+            assert (path.parent / target).exists(), f"{path.name} links to {target}"
+    assert "docs/README.md" in (ROOT / "README.md").read_text()
