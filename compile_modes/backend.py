@@ -13,11 +13,14 @@ from torch.export.unflatten import UnflattenedModule
 
 from compile_modes import _compat
 from compile_modes._compat import frames
+from compile_modes.bodies import origin
+from compile_modes.calls import is_kept
 from compile_modes.capture import capture
 from compile_modes.errors import CaptureError, ModeWarning, OptionError, OverrideError
 from compile_modes.folding import unfold_literals
 from compile_modes.forms.recurrent import split_layers
 from compile_modes.rewrite import apply, assign, check_overrides, owner_matches
+from compile_modes.sharing import separate
 from compile_modes.sites import BOUND, Site, sites
 
 _OWN_OPTIONS = ("training", "overrides")
@@ -104,8 +107,11 @@ def pt2e_modes(
             raise
         _warn_once(f"pt2e_modes hands a graph to Inductor as it came.\n{error}")
         return compile_fx(_in_form(gm, sites(gm)), example_inputs)
+    if parsed.explicit:
+        separate(captured)
     found = sites(captured)
     if not parsed.explicit:
+        _warn_kept(found)
         return _compile_either(compile_fx, _in_form(captured, found), gm, example_inputs)
     advanced = _put_into_modes(captured, found, parsed, whole=frames.is_whole_frame(gm))
     compiled = compile_fx(_in_form(captured, found), example_inputs)
@@ -160,8 +166,8 @@ def _refusal(site: Site, training: bool, outside: dict[Site, nn.Module]) -> str:
     why = site.refusal(training)
     if not why or not training or site.counter is None or site.step is not None or site.counter_at is not None:
         return why
-    running_mean = site.read(site.op.stats[0])
-    owner = frames.pin_owner(running_mean) if running_mean.op == "placeholder" else None
+    running_mean = origin(site.body, site.read(site.op.stats[0]))
+    owner = frames.pin_owner(running_mean) if running_mean is not None and running_mean.op == "placeholder" else None
     if owner is None:
         return why
     if isinstance(getattr(owner, "num_batches_tracked", None), torch.Tensor):
@@ -185,6 +191,15 @@ def _warn_once(text: str) -> None:
     if text not in _warned:
         _warned.add(text)
         warnings.warn(text, ModeWarning, stacklevel=2)
+
+
+def _warn_kept(found: Sequence[Site]) -> None:
+    left = [site for site in found if is_kept(site.op)]
+    if left:
+        _warn_once(
+            "a part of a graph goes to Inductor as it came, in the modes that its modules are in: overrides would not "
+            f"reach {', '.join(map(str, left[:3]))}{', ...' if left[3:] else ''}"
+        )
 
 
 def _exported(module: nn.Module) -> Iterator[nn.Module]:
