@@ -140,7 +140,7 @@ def _children(body: Body, node: fx.Node, calls: dict[str, int]) -> Iterator[Body
                     child = Body(module, join(body.path, str(arg.target)), body, node, always, gate or body.gated)
                     inputs = child.graph.find_nodes(op="placeholder")
                     operands = [a for a in node.args[position + 1 :] if not isinstance(a, str)]  # a region's name
-                    if (always or gate) and len(inputs) == len(operands):
+                    if (gate or node.target in _compat.PASSING_HOPS) and len(inputs) == len(operands):
                         child.operands = dict(zip(inputs, operands, strict=True))
                     yield child
 

@@ -83,6 +83,7 @@ def _retraced_body(body: fx.GraphModule) -> fx.GraphModule:
     inputs = body.graph.find_nodes(op="placeholder")
     try:
         traced = _retrace(body, [node.meta["example_value"] for node in inputs])
+        frames.carry_results(body.graph, traced.graph)
     except _compat.CONTROL_FLOW:
         raise
     except Exception as error:

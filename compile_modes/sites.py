@@ -117,7 +117,7 @@ class Site:
         if self.op.counter and self.read(self.op.shown[0]) == 0:
             return "momentum 0.0 in an eval graph: a cumulative average looks the same; export under exportable(model)"
         if self.op.stats and not self.body.runs_once:
-            return "it would write its statistics inside a branch or a loop"
+            return "it would write its statistics inside a branch, a loop or a nested compile region"
         if self.counter and self.step is None and self.counter_at is None:
             return f"{self.counter} is out of the graph's reach, so train could not advance it"
         return ""

@@ -36,8 +36,10 @@ UNCONDITIONAL_HOPS: tuple[HigherOrderOperator, ...] = (
     torch.ops.higher_order.wrap_with_set_grad_enabled,
     torch.ops.higher_order.wrap_with_autocast,
     torch.ops.higher_order.tag_activation_checkpoint,
-    torch.ops.higher_order.invoke_subgraph,
 )
+
+# Those that pass their operands to the one body in order. AOTAutograd refuses to train a body of the last that writes.
+PASSING_HOPS = (*UNCONDITIONAL_HOPS, torch.ops.higher_order.invoke_subgraph)
 
 
 def aten_overload(name: str) -> OpOverload | None:
