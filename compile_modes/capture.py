@@ -63,7 +63,7 @@ def _retrace(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
 
     def visit(call: fx.Node) -> None:
         if kept.is_opaque_function(call.target):
-            notes[call] = {HIDDEN: _hidden_modes(call)}
+            notes[call] = {HIDDEN: _hidden_modes(gm, call)}
         elif kept.runs_bodies(call.target):
             for name in (str(node.target) for node in call.all_input_nodes if node.op == "get_attr"):
                 body = getattr(gm, name)
@@ -94,12 +94,13 @@ def _retraced_body(body: fx.GraphModule) -> fx.GraphModule:
     return traced
 
 
-def _hidden_modes(call: fx.Node) -> frozenset[bool | None]:
+def _hidden_modes(gm: fx.GraphModule, call: fx.Node) -> frozenset[bool | None]:
     """The modes of the sites in a function that the graph does not show, None among them if that can't be found out."""
-    operands = {node: node.meta.get("example_value") for node in call.all_input_nodes}
+    held = {node: getattr(gm, str(node.target)) for node in call.all_input_nodes if node.op == "get_attr"}
+    operands = {node: node.meta.get("example_value") for node in call.all_input_nodes if node not in held}
 
     def run(*values: Any) -> Any:
-        given = dict(zip(operands, values, strict=True))
+        given = held | dict(zip(operands, values, strict=True))
         return call.target(*fx.map_arg(call.args, given.get), **fx.map_arg(call.kwargs, given.get))  # type: ignore[operator]
 
     try:

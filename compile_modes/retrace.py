@@ -122,7 +122,8 @@ class Retracer(fx.Interpreter):
             held: Any = self.env[node]
             if isinstance(held, torch.Tensor):
                 return self._recorder.operand(held)
-            self._copies[node] = self._recorder.attribute(node, self._bodies.get(str(node.target), held))
+            held = self._bodies.get(str(node.target), held)
+            self._copies[node] = self._recorder.attribute(node, held)
         return self._copies[node] if node in self._copies else self._recorder.operand(self.env[node])
 
     def _run_on_alias(self, n: fx.Node, given: fx.Node) -> Any:

@@ -26,7 +26,7 @@ def separate(root: fx.GraphModule) -> None:
         CaptureError: which modules a call is of can't be told.
     """
     first: dict[nn.Module, _Call] = {}
-    pending = [root]
+    pending, copies = [root], 0
     while pending:
         holder = pending.pop(0)
         for node in list(holder.graph.nodes):
@@ -38,28 +38,27 @@ def separate(root: fx.GraphModule) -> None:
                     continue
                 call = _Call(holder, node, fetch)
                 if held in first:
-                    held = _own(call, held, _renaming(root, first[held], call))
+                    copies += 1
+                    held = _own(call, held, _renaming(root, first[held], call), copies)
                 first.setdefault(held, call)
                 pending.append(held)
 
 
-def _own(call: _Call, shared: fx.GraphModule, renaming: tuple[str, str]) -> fx.GraphModule:
+def _own(call: _Call, shared: fx.GraphModule, renaming: tuple[str, str], number: int) -> fx.GraphModule:
     """A copy of a graph for one call, under a name of its own."""
     copied = fx.GraphModule(shared, copy.deepcopy(shared.graph))
     copied.meta = dict(shared.meta)
     for node in copied.graph.nodes:
         if stack := node.meta.get("nn_module_stack"):
             node.meta["nn_module_stack"] = {k: (_renamed(path, renaming), kind) for k, (path, kind) in stack.items()}
-    count = 1
-    while hasattr(call.holder, name := f"{call.fetch.target}_{count}"):
-        count += 1
+    name = f"{call.fetch.target}_of_{number}"
     setattr(call.holder, name, copied)
     with call.holder.graph.inserting_before(call.node):
         fetch = call.holder.graph.create_node("get_attr", name)
         fetch.meta = dict(call.fetch.meta)
     # A region's second operand is the name by which AOTAutograd knows it from others.
     call.node.args = tuple(
-        fetch if a is call.fetch else f"{a}_{count}" if isinstance(a, str) else a for a in call.node.args
+        fetch if a is call.fetch else f"{a}_of_{number}" if isinstance(a, str) else a for a in call.node.args
     )
     if not call.fetch.users:
         call.holder.graph.erase_node(call.fetch)

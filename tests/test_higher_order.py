@@ -38,6 +38,10 @@ class Net(nn.Module):
         x = self.fc(x)
         return self.drop(self.bn(x) if self.norm else x)
 
+    @torch.compiler.nested_compile_region
+    def region(self, x: torch.Tensor) -> torch.Tensor:
+        return self.drop(self.fc(x))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.last(self.out(self.inner(self, x)))
 
@@ -73,7 +77,7 @@ def _no_grad(net, x):
 def _kernel(net, x):
     q = net.body(x)[None]
     with sdpa_kernel(SDPBackend.MATH):
-        return F.scaled_dot_product_attention(q, q, q)[0]
+        return F.scaled_dot_product_attention(q, q, q, dropout_p=0.2 if net.training else 0.0)[0]
 
 
 CHECKPOINTS = {
@@ -88,7 +92,7 @@ CHECKPOINTS = {
 # Bodies that may not write, as batch norm would in train: eval statistics or none.
 BRANCHES = {
     "cond": lambda net, x: torch.cond(x.sum() > 0, lambda y: net.drop(y.sin()), lambda y: net.drop(y) + 1, (net.fc(x),)),
-    "region": lambda net, x: torch.compiler.nested_compile_region(lambda y: net.drop(net.fc(y)))(net.out(x)),
+    "region": lambda net, x: net.region(net.out(x)) + net.region(x),
 }
 REGIONS = {"inference": _inference, "no_grad": _no_grad, "sdpa_kernel": _kernel}
 ALL = {**CHECKPOINTS, **BRANCHES, **REGIONS}
@@ -105,7 +109,7 @@ def make(kind):
     return Net(ALL[kind], norm=kind not in BRANCHES)
 
 
-@KINDS
+@pytest.mark.parametrize("kind", ALL.keys() - {"cond"})  # torch draws its masks anew in the backward pass, eager as well
 def test_flips_and_steps(kind):
     reference = make(kind)
     module = copy.deepcopy(reference)
@@ -117,23 +121,21 @@ def test_flips_and_steps(kind):
 
 @KINDS
 @pytest.mark.parametrize("flags", [True, False], ids=["flags-train", "flags-eval"])
-@pytest.mark.parametrize(
-    ("options", "equivalent"),
-    [
-        ({"training": True}, lambda m: m.train()),
-        ({"training": False}, lambda m: m.eval()),
-        ({"overrides": {"drop": "train"}}, lambda m: m.drop.train()),
-        ({"overrides": {"drop": "eval"}}, lambda m: m.drop.eval()),
-        ({"training": True, "overrides": {"bn": "eval"}}, lambda m: (m.train(), m.bn.eval())),
-    ],
-    ids=["train", "eval", "drop-train", "drop-eval", "frozen"],
-)
-def test_modes_reach_into_bodies(kind, flags, options, equivalent):
-    if "bn" in options.get("overrides", {}) and (kind in BRANCHES or kind == "inference"):
-        options = {"training": True}
+@pytest.mark.parametrize("parts", [("bn", "last"), ("drop",), None], ids=["norm", "dropout", "all"])
+def test_modes_reach_into_bodies(kind, flags, parts):
     reference = make(kind).train(flags)
     module = copy.deepcopy(reference)
-    equivalent(reference)
+    if parts is None:
+        if kind == "sdpa_kernel" and not flags:
+            pytest.skip("attention in eval has no probability")
+        options = {"training": not flags}
+        reference.train(not flags)
+    elif "bn" in parts and (kind in BRANCHES or kind == "inference"):
+        pytest.skip("has no batch norm")
+    else:
+        options = {"overrides": dict.fromkeys(parts, "eval" if flags else "train")}
+        for part in parts:
+            reference.get_submodule(part).train(not flags)
     oracle = torch.compile(reference, backend="aot_eager") if kind in CHECKPOINTS else reference
     compiled = compile_(module, **options)
     for seed in range(2):
@@ -225,6 +227,16 @@ class Scaled(torch.autograd.Function):
         return grad * ctx.scale, None, None
 
 
+class Clipped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clamp(-0.5, 0.5)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 3
+
+
 def _hook(net, x):
     y = net.body(x)
     y.register_hook(lambda grad: grad * 2)
@@ -239,11 +251,21 @@ def _data(net, x):
 
 @torch.compiler.allow_in_graph
 def _allowed(y):
-    return Scaled.apply(y, 0.0, False)
+    return Clipped.apply(y)
 
 
 @torch.compiler.allow_in_graph
 def _allowed_dropout(y):
+    return F.dropout(y, 0.2, True)
+
+
+@torch._dynamo.nonstrict_trace
+def _traced(y):
+    return Clipped.apply(y)
+
+
+@torch._dynamo.nonstrict_trace
+def _traced_dropout(y):
     return F.dropout(y, 0.2, True)
 
 
@@ -257,7 +279,7 @@ _double.register_autograd(lambda ctx, grad: grad * 2)
 
 # What is kept as it came, without a mode of its own.
 KEPT = {
-    "autograd.Function": lambda net, x: Scaled2.apply(net.body(x)),
+    "autograd.Function": lambda net, x: Clipped.apply(net.body(x)),
     "hook": _hook,
     "data": _data,
     "vmap": lambda net, x: torch.vmap(lambda v: v.sin() * 2)(net.body(x)),
@@ -266,21 +288,12 @@ KEPT = {
     # Two transforms, the second of which takes what the first one wrapped.
     "jacrev": lambda net, x: net.drop(torch.func.jacrev(torch.sin)(net.body(x)).sum((2, 3))),
     "allow_in_graph": lambda net, x: _allowed(net.body(x)),
+    "nonstrict_trace": lambda net, x: _traced(net.body(x)),
     "custom_op": lambda net, x: _double(net.body(x)),
     "vmap-in-checkpoint": lambda net, x: checkpoint(
         lambda y: net.drop(torch.vmap(lambda v: v.sin() * 2)(net.fc(y))), x, use_reentrant=False
     ),
 }
-
-
-class Scaled2(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clamp(-0.5, 0.5)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * 3
 
 
 @pytest.mark.parametrize("kind", KEPT)
@@ -335,9 +348,10 @@ def test_modes_that_are_kept(kind):
             torch.testing.assert_close(output, expected(X))
 
 
-def test_a_function_in_the_graph_with_a_mode_inside():
-    module = Net(lambda net, x: _allowed_dropout(net.fc(x)))
-    with pytest.warns(cm.ModeWarning, match="_allowed_dropout"):
+@pytest.mark.parametrize("function", [_allowed_dropout, _traced_dropout], ids=["allow_in_graph", "nonstrict_trace"])
+def test_a_function_in_the_graph_with_a_mode_inside(function):
+    module = Net(lambda net, x: function(net.fc(x)))
+    with pytest.warns(cm.ModeWarning, match="overrides would not reach"):
         compile_(module)(X)
     torch._dynamo.reset()
     compile_(module, training=True)(X)
@@ -352,7 +366,7 @@ def test_bodies_that_cannot_be_traced_stay_as_they_came(monkeypatch):
     traced = capture._retrace
 
     def failing(gm, inputs):
-        if "dropout" in gm.code and "batch_norm" not in gm.code:
+        if "dropout" in gm.code and "running_mean" not in gm.code:
             raise ValueError("no")
         return traced(gm, inputs)
 
@@ -423,7 +437,7 @@ def test_loops(kind):
 
     runs = {
         "while_loop": lambda net, x: while_loop(
-            lambda i, y: i < 3, lambda i, y: (i + 1, net.drop(y)), (torch.tensor(0), x)
+            lambda i, y: i < 3, lambda i, y: (i + 1, net.drop(y.sin())), (torch.tensor(0), x)
         )[1],
         "scan": lambda net, x: scan(lambda c, v: (c + net.drop(v), c * 2), torch.zeros(4), x)[1],
         "map": lambda net, x: mapped(lambda v: net.drop(v.sin()), x),
@@ -438,7 +452,6 @@ def test_loops(kind):
             output = compile_(module, training=not flags)(X)
             torch.manual_seed(0)
             torch.testing.assert_close(output, torch.compile(expected, backend="aot_eager")(X))
-            assert torch.equal(output == 0, output != output + output) or True
 
 
 def test_flex_attention():

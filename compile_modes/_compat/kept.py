@@ -54,6 +54,10 @@ _PURE_MODULES = ("torch.nn.functional", "torch.functional", "torch._jit_internal
                  "builtins")  # fmt: skip
 
 
+# Home of the functions that Dynamo makes around one of the user's (nonstrict_trace) for a graph to call.
+_WRAPPERS = ("torch._dynamo.variables",)
+
+
 def treatment(target: Any) -> Treatment:
     """What a retrace does with a call of a function; grad mode counts as computing, for the tracer records it."""
     if isinstance(target, HigherOrderOperator):
@@ -61,7 +65,7 @@ def treatment(target: Any) -> Treatment:
     if target in _SWITCHES:
         return Treatment.SWITCH
     name, home = getattr(target, "__name__", ""), getattr(target, "__module__", None) or ""
-    if _below(home, _STATEFUL_MODULES) or (name.startswith(("set_", "_set_")) and name != "_set_grad_enabled"):
+    if _below(home, (*_STATEFUL_MODULES, *_WRAPPERS)) or (name.startswith(("set_", "_set_")) and name != "_set_grad_enabled"):
         return Treatment.COPY
     if isinstance(target, types.FunctionType) and home != "torch" and not _below(home, _PURE_MODULES):
         return Treatment.COPY
@@ -81,7 +85,8 @@ def is_opaque_function(target: Any) -> bool:
     """Whether a call that is copied calls a function of the user's, whose ops no graph shows."""
     if isinstance(target, HigherOrderOperator):
         return target._name in _CALL_FUNCTIONS
-    return isinstance(target, types.FunctionType) and not _below(target.__module__ or "", ("torch",))
+    home = getattr(target, "__module__", None) or ""
+    return isinstance(target, types.FunctionType) and (_below(home, _WRAPPERS) or not _below(home, ("torch",)))
 
 
 def nesting(target: Any) -> int:

@@ -33,11 +33,11 @@ class Recorder:
 
     def attribute(self, node: fx.Node, value: Any) -> fx.Node:
         """A node for something that the new graph holds, under the name that it had, or one like it."""
-        name, count = str(node.target).replace(".", "_"), 0
-        while hasattr(self._tracer.root, unused := f"{name}_{count}" if count else name):
+        stem, count = str(node.target).replace(".", "_"), 0
+        while getattr(self._tracer.root, name := f"{stem}_{count}" if count else stem, value) is not value:
             count += 1
-        setattr(self._tracer.root, unused, value)
-        held: fx.Node = self._tracer.create_node("get_attr", unused, (), {})
+        setattr(self._tracer.root, name, value)
+        held: fx.Node = self._tracer.create_node("get_attr", name, (), {})
         held.meta = dict(node.meta)
         return held
 
