@@ -94,8 +94,8 @@ def pt2e_modes(
         CaptureError: the graph can't be retraced and modes were asked for.
 
     Warns:
-        ModeWarning: the graph can't be retraced, and goes to Inductor as it came; or it holds an exported module that
-            is not bound.
+        ModeWarning: the graph, or a part of it that has modes, can't be retraced, and goes to Inductor as it came; or
+            it holds an exported module that is not bound.
     """
     parsed = Options.parse(mode, options)
     compile_fx: Callable[..., Callable[..., Any]] = _compat.inductor(mode, dict(parsed.inductor))
@@ -194,11 +194,11 @@ def _warn_once(text: str) -> None:
 
 
 def _warn_kept(found: Sequence[Site]) -> None:
-    left = [site for site in found if is_kept(site.op)]
+    left = sorted({f"{site.op} (owner {site.owner!r})" for site in found if is_kept(site.op)})
     if left:
         _warn_once(
-            "a part of a graph goes to Inductor as it came, in the modes that its modules are in: overrides would not "
-            f"reach {', '.join(map(str, left[:3]))}{', ...' if left[3:] else ''}"
+            "pt2e_modes hands a part of a graph to Inductor as it came, in the modes that its modules are in. "
+            f"Overrides would not reach {', '.join(left[:3])}{', ...' if left[3:] else ''}"
         )
 
 

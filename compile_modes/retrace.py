@@ -45,7 +45,7 @@ def transformed(graph: fx.Graph) -> set[fx.Node]:
 
 
 def visit_calls(graph: fx.Graph, visit: Callable[[fx.Node], None]) -> None:
-    """Visits the calls that a retrace does not run, but for those in transforms, each in the surroundings of its body."""
+    """Visits the calls that a retrace copies, but for those in transforms, each in the surroundings of its body."""
     outside = transformed(graph)
     with kept.Surroundings() as surroundings:
         for node in graph.nodes:

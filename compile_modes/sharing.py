@@ -1,4 +1,4 @@
-"""Graphs that several calls share (nested compile regions), made one per call, so that each can have a mode of its own."""
+"""Graphs that several calls share (nested compile regions), made one per call: each call has modes of its own."""
 
 import copy
 from dataclasses import dataclass

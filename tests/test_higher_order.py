@@ -1,4 +1,4 @@
-"""Graphs inside graphs, and parts that a retrace would not preserve: what is captured, what is kept, and who reaches it."""
+"""Graphs inside graphs, and parts that a retrace would not preserve: what is captured, what is kept."""
 
 import copy
 import functools
@@ -91,7 +91,9 @@ CHECKPOINTS = {
 }
 # Bodies that may not write, as batch norm would in train: eval statistics or none.
 BRANCHES = {
-    "cond": lambda net, x: torch.cond(x.sum() > 0, lambda y: net.drop(y.sin()), lambda y: net.drop(y) + 1, (net.fc(x),)),
+    "cond": lambda net, x: torch.cond(
+        x.sum() > 0, lambda y: net.drop(y.sin()), lambda y: net.drop(y) + 1, (net.fc(x),)
+    ),
     "region": lambda net, x: net.region(net.out(x)) + net.region(x),
 }
 REGIONS = {"inference": _inference, "no_grad": _no_grad, "sdpa_kernel": _kernel}
@@ -109,7 +111,9 @@ def make(kind):
     return Net(ALL[kind], norm=kind not in BRANCHES)
 
 
-@pytest.mark.parametrize("kind", ALL.keys() - {"cond"})  # torch draws its masks anew in the backward pass, eager as well
+@pytest.mark.parametrize(
+    "kind", ALL.keys() - {"cond"}
+)  # torch draws its masks anew in the backward pass, eager as well
 def test_flips_and_steps(kind):
     reference = make(kind)
     module = copy.deepcopy(reference)
@@ -184,7 +188,9 @@ def _graphs(model: nn.Module, backend: str | None, monkeypatch: pytest.MonkeyPat
     def keep(gm, example_inputs):
         ops = [str(n.target) for n in gm.graph.nodes if n.op == "call_function"]
         # The two spellings of torch and of the tracer for what autograd never sees.
-        found.append([op for op in ops if "getitem" not in op and op not in ("aten.alias.default", "aten.detach.default")])
+        found.append(
+            [op for op in ops if "getitem" not in op and op not in ("aten.alias.default", "aten.detach.default")]
+        )
         found.append([str(len(gm.graph.output_node().args[0]))])
         return make_boxed_func(gm.forward)
 
@@ -329,7 +335,7 @@ def test_modes_that_are_kept(kind):
     inner, owner = KEPT_WITH_MODES[kind]
     reference = Net(inner)
     module = copy.deepcopy(reference)
-    with pytest.warns(cm.ModeWarning, match="overrides would not reach"):
+    with pytest.warns(cm.ModeWarning, match="Overrides would not reach"):
         agrees(reference, module, compile_(module), [X], flips=2, steps=2)
     for flags, other in ((True, "eval"), (False, "train")):
         module.train(flags)
@@ -351,7 +357,7 @@ def test_modes_that_are_kept(kind):
 @pytest.mark.parametrize("function", [_allowed_dropout, _traced_dropout], ids=["allow_in_graph", "nonstrict_trace"])
 def test_a_function_in_the_graph_with_a_mode_inside(function):
     module = Net(lambda net, x: function(net.fc(x)))
-    with pytest.warns(cm.ModeWarning, match="overrides would not reach"):
+    with pytest.warns(cm.ModeWarning, match="Overrides would not reach"):
         compile_(module)(X)
     torch._dynamo.reset()
     compile_(module, training=True)(X)

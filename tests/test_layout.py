@@ -8,10 +8,11 @@ import compile_modes
 PACKAGE = Path(compile_modes.__file__).parent
 # Each file imports only from files to its left.
 ORDER = [
-    "_compat", "_compat.archives", "_compat.frames", "errors", "dual", "container", "storages", "loader",
-    "archive", "counters", "gates", "cumulative", "ops", "bodies", "source", "regions", "folding", "flags",
-    "sites", "listing", "rewrite", "recompose", "remarks", "planning", "binding", "pairing", "exporting",
-    "saving", "capture", "forms", "forms.recurrent", "backend", "exported", "demo", "__init__", "__main__",
+    "_compat", "_compat.archives", "_compat.frames", "_compat.kept", "_compat.tracing", "errors", "dual",
+    "container", "storages", "loader", "archive", "counters", "gates", "cumulative", "ops", "calls", "bodies",
+    "source", "regions", "folding", "flags", "sites", "listing", "rewrite", "recompose", "remarks", "planning",
+    "binding", "pairing", "exporting", "saving", "retrace", "capture", "sharing", "forms", "forms.recurrent",
+    "backend", "exported", "demo", "__init__", "__main__",
 ]  # fmt: skip
 
 

@@ -31,7 +31,8 @@ _RUN_BODIES = frozenset(
 # Those that call a function of which the graph holds no graph.
 _CALL_FUNCTIONS = frozenset({"flat_apply", "invoke_leaf_function"})
 
-# Between them, values are functorch's wrappers, of which no retrace can make plain ones. Moved between modules since 2.11.
+# Between them, values are functorch's wrappers, of which no retrace makes plain ones. By name: they have moved between
+# modules since 2.11.
 _OPENING = frozenset({"_vmap_increment_nesting", "_grad_increment_nesting", "_jvp_increment_nesting",
                       "_func_increment_nesting", "_enter_dual_level"})  # fmt: skip
 _CLOSING = frozenset({"_vmap_decrement_nesting", "_grad_decrement_nesting", "_jvp_decrement_nesting",
@@ -65,7 +66,9 @@ def treatment(target: Any) -> Treatment:
     if target in _SWITCHES:
         return Treatment.SWITCH
     name, home = getattr(target, "__name__", ""), getattr(target, "__module__", None) or ""
-    if _below(home, (*_STATEFUL_MODULES, *_WRAPPERS)) or (name.startswith(("set_", "_set_")) and name != "_set_grad_enabled"):
+    if _below(home, (*_STATEFUL_MODULES, *_WRAPPERS)) or (
+        name.startswith(("set_", "_set_")) and name != "_set_grad_enabled"
+    ):
         return Treatment.COPY
     if isinstance(target, types.FunctionType) and home != "torch" and not _below(home, _PURE_MODULES):
         return Treatment.COPY
@@ -131,17 +134,22 @@ class Surroundings:
             if node.target is _enter_autocast:
                 self._enter(node, _autocast(node.args))
             elif node.target is _enter_inference:
-                self._enter(node, torch.inference_mode(*node.args))
+                self._enter(node, torch.inference_mode(bool(node.args[0])))
             elif node.target in (_exit_autocast, _exit_inference):
                 self._open.pop(node.args[0]).__exit__(None, None, None)  # type: ignore[arg-type]
             elif node.target is _SDPA_KERNEL:
-                _SDPA_KERNEL(*fx.map_arg(node.args, lambda n: n.target(*n.args)))
+                _SDPA_KERNEL(*fx.map_arg(node.args, _called))
             elif node.target is torch._C._set_grad_enabled:
                 torch._C._set_grad_enabled(node.args[0])
 
     def _enter(self, node: fx.Node, context: AbstractContextManager[Any]) -> None:
         context.__enter__()
         self._open[node] = context
+
+
+def _called(node: Any) -> Any:
+    """The result of a node that only makes a constant of constants."""
+    return node.target(*node.args, **node.kwargs)
 
 
 def _autocast(args: Sequence[Any]) -> AbstractContextManager[Any]:

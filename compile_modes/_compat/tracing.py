@@ -66,4 +66,5 @@ class Recorder:
 def _alias(value: torch.Tensor) -> torch.Tensor:
     # Unseen by the tracer's function mode, which would record the grad mode.
     with torch._C.DisableTorchFunction(), torch.set_grad_enabled(value.requires_grad):
-        return torch.ops.aten.alias.default(value)
+        alias: torch.Tensor = torch.ops.aten.alias.default(value)
+    return alias
