@@ -13,11 +13,14 @@ from torch.export.unflatten import UnflattenedModule
 
 from compile_modes import _compat, logs
 from compile_modes._compat import frames
+from compile_modes.bodies import origin
+from compile_modes.calls import is_kept
 from compile_modes.capture import capture
 from compile_modes.errors import CaptureError, ModeWarning, OptionError
 from compile_modes.forms.saved import keyed
 from compile_modes.owners import Names, name_owners
 from compile_modes.rewrite import check_overrides, check_probabilities
+from compile_modes.sharing import separate
 from compile_modes.sites import BOUND, Site, sites
 from compile_modes.staging import in_form, put_into_modes, warn_once
 from compile_modes.vectors import make_room
@@ -105,8 +108,8 @@ def pt2e_modes(
         CaptureError: the graph can't be retraced and modes were asked for.
 
     Warns:
-        ModeWarning: the graph can't be retraced, and goes to Inductor as it came; or it holds an exported module that
-            is not bound; or Dynamo will not compile the next new combination of modes.
+        ModeWarning: the graph, or a part of it that has modes, can't be retraced, and goes to Inductor as it came; or
+            it holds an exported module that is not bound; or Dynamo will not compile the next new combination of modes.
     """
     parsed = Options.parse(mode, options)
     compile_fx = keyed(_compat.inductor(mode, dict(parsed.inductor)))
@@ -122,11 +125,14 @@ def pt2e_modes(
         logs.left_to_stock(str(error))
         warn_once(f"pt2e_modes hands a graph to Inductor as it came.\n{error}")
         return compile_fx(in_form(gm, sites(gm)), example_inputs)
+    if parsed.explicit:
+        separate(captured)
     found, names = sites(captured), Names.of_frame()
     name_owners(captured, found, names)
     logs.graph("captured", captured)
     if not parsed.explicit:
         logs.modes(found, None)
+        _warn_kept(found)
         return _compile_either(compile_fx, in_form(captured, found), gm, example_inputs)
     outside: dict[Site, nn.Module] = {}  # batch norms whose counter the graph can't reach
     changed = put_into_modes(
@@ -174,8 +180,8 @@ def _refusal(site: Site, training: bool, outside: dict[Site, nn.Module]) -> str:
     why = site.refusal(training)
     if not why or not training or site.counter is None or site.step is not None or site.counter_at is not None:
         return why
-    running_mean = site.read(site.op.stats[0])
-    owner = frames.pin_owner(running_mean) if running_mean.op == "placeholder" else None
+    running_mean = origin(site.body, site.read(site.op.stats[0]))
+    owner = frames.pin_owner(running_mean) if running_mean is not None and running_mean.op == "placeholder" else None
     if owner is None:
         return why
     if isinstance(getattr(owner, "num_batches_tracked", None), torch.Tensor):
@@ -193,6 +199,15 @@ def _advancing(compiled: Callable[..., Any], owners: list["weakref.ref[nn.Module
         return compiled(*args)
 
     return run
+
+
+def _warn_kept(found: Sequence[Site]) -> None:
+    left = sorted({f"{site.op} (owner {site.owner!r})" for site in found if is_kept(site.op)})
+    if left:
+        warn_once(
+            "pt2e_modes hands a part of a graph to Inductor as it came, in the modes that its modules are in. "
+            f"Overrides would not reach {', '.join(left[:3])}{', ...' if left[3:] else ''}"
+        )
 
 
 def _exported(module: nn.Module) -> Iterator[nn.Module]:

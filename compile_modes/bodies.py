@@ -46,6 +46,11 @@ class Body:
     children: dict[fx.Node, "Body"] = field(default_factory=dict)
 
     @property
+    def runs_once(self) -> bool:
+        """Whether a run of the root runs this graph exactly once."""
+        return self.always and (self.parent is None or self.parent.runs_once)
+
+    @property
     def graph(self) -> fx.Graph:
         return cast(fx.Graph, self.module.graph)
 
@@ -134,8 +139,9 @@ def _children(body: Body, node: fx.Node, calls: dict[str, int]) -> Iterator[Body
                 module = attribute(body.module, str(arg.target))
                 if isinstance(module, fx.GraphModule):
                     child = Body(module, join(body.path, str(arg.target)), body, node, always, gate or body.gated)
-                    inputs, operands = child.graph.find_nodes(op="placeholder"), node.args[position + 1 :]
-                    if (always or gate) and len(inputs) == len(operands):
+                    inputs = child.graph.find_nodes(op="placeholder")
+                    operands = [a for a in node.args[position + 1 :] if not isinstance(a, str)]  # a region's name
+                    if (gate or node.target in _compat.PASSING_HOPS) and len(inputs) == len(operands):
                         child.operands = dict(zip(inputs, operands, strict=True))
                     yield child
 
@@ -147,6 +153,13 @@ def attribute(module: Any, path: str) -> Any:
             return None
         module = getattr(module, name)
     return module
+
+
+def origin(body: Body | None, value: Any) -> fx.Node | None:
+    """The node of the root's graph that an operand in a body stands for, if the way up is known."""
+    while body is not None and body.parent is not None:
+        body, value = body.parent, body.operands.get(value)
+    return value if isinstance(value, fx.Node) else None
 
 
 def state_path(body: Body | None, value: Any) -> str | None:

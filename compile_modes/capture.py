@@ -1,17 +1,21 @@
 """From a Dynamo graph to the ATen graph that AOTAutograd would differentiate, before it does."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from torch import fx, nn
+from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from compile_modes import _compat
-from compile_modes._compat import frames
+from compile_modes._compat import frames, kept
+from compile_modes.calls import HIDDEN
 from compile_modes.errors import CaptureError
+from compile_modes.retrace import Retracer, visit_calls
+from compile_modes.sites import sites
 
+_log = logging.getLogger(__name__)
 _REMEDY = "without overrides the graph compiles as stock Inductor compiles it"
 
 
@@ -31,11 +35,8 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
     Raises:
         CaptureError: the graph can't be traced again, with the tracer's exception as ``__cause__``.
     """
-    if call := _compat.not_retraceable(gm):
-        raise CaptureError(f"the graph could not be retraced before autograd: {call} would not survive", remedy=_REMEDY)
     try:
         captured = _retrace(gm, frames.fake_inputs(gm, example_inputs))
-        frames.carry_placeholders(gm.graph, captured.graph)
     except _compat.CONTROL_FLOW:
         raise
     except Exception as error:  # whatever the ops of the user's model raise on being traced again
@@ -56,14 +57,60 @@ def trace_in_place_of(node: fx.Node, function: Callable[..., Any], inputs: Seque
 
 
 def _retrace(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
-    """Runs a Dynamo graph on Dynamo's own fake tensors, and traces that."""
+    """Traces a Dynamo graph, and first the graphs that its calls run, on Dynamo's own fake tensors."""
+    held: dict[str, fx.GraphModule] = {}
+    notes: dict[fx.Node, dict[str, Any]] = {}
+
+    def visit(call: fx.Node) -> None:
+        if kept.is_opaque_function(call.target):
+            notes[call] = {HIDDEN: _hidden_modes(gm, call)}
+        elif kept.runs_bodies(call.target):
+            for name in (str(node.target) for node in call.all_input_nodes if node.op == "get_attr"):
+                body = getattr(gm, name)
+                if name not in held and isinstance(body, fx.GraphModule):
+                    held[name] = _retraced_body(body)
+
+    visit_calls(gm.graph, visit)
     values = [*inputs, *(node.meta.get("example_value") for node in gm.graph.nodes)]
-    grad_mode = torch.is_grad_enabled()
+    with fx.traceback.preserve_node_meta():
+        traced = _trace(Retracer(gm, held, notes).run, inputs, values)
+    frames.carry_placeholders(gm.graph, traced.graph)
+    return traced
+
+
+def _retraced_body(body: fx.GraphModule) -> fx.GraphModule:
+    """The graph that a call runs, traced, or, if it can't be, as it came."""
+    inputs = body.graph.find_nodes(op="placeholder")
     try:
-        with fx.traceback.preserve_node_meta():
-            return _trace(_Checked(gm).run, inputs, values)
-    finally:
-        torch.set_grad_enabled(grad_mode)  # a graph may end in another mode than it began in
+        traced = _retrace(body, [node.meta["example_value"] for node in inputs])
+        frames.carry_results(body.graph, traced.graph)
+    except _compat.CONTROL_FLOW:
+        raise
+    except Exception as error:
+        _log.info("the graph of a call is kept as it came: %s: %s", type(error).__name__, error)
+        return body
+    traced.meta = dict(body.meta)
+    traced.recompile()
+    return traced
+
+
+def _hidden_modes(gm: fx.GraphModule, call: fx.Node) -> frozenset[bool | None]:
+    """The modes of the sites in a function that the graph does not show, None among them if that can't be found out."""
+    held = {node: getattr(gm, str(node.target)) for node in call.all_input_nodes if node.op == "get_attr"}
+    operands = {node: node.meta.get("example_value") for node in call.all_input_nodes if node not in held}
+
+    def run(*values: Any) -> Any:
+        given = held | dict(zip(operands, values, strict=True))
+        return call.target(*fx.map_arg(call.args, given.get), **fx.map_arg(call.kwargs, given.get))  # type: ignore[operator]
+
+    try:
+        found = sites(_trace(run, list(operands.values()), list(operands.values())))
+    except _compat.CONTROL_FLOW:
+        raise
+    except Exception as error:
+        _log.info("what %s calls is not known: %s: %s", call.target, type(error).__name__, error)
+        return frozenset({None})
+    return frozenset(site.training for site in found if not site.modeless)
 
 
 def _trace(function: Callable[..., Any], inputs: Sequence[Any], values: Sequence[Any]) -> fx.GraphModule:
@@ -73,50 +120,6 @@ def _trace(function: Callable[..., Any], inputs: Sequence[Any], values: Sequence
     modes = [value.fake_mode for value in values if isinstance(value, _compat.FakeTensor)]
     with modes[0] if modes else contextlib.nullcontext():
         return make_fx(function, pre_dispatch=True, tracing_mode="real")(*inputs)
-
-
-_RETURNS_INPUT = frozenset(
-    {
-        nn.functional.dropout, nn.functional.dropout1d, nn.functional.dropout2d, nn.functional.dropout3d,
-        nn.functional.alpha_dropout, nn.functional.feature_alpha_dropout, torch.dropout, torch.feature_dropout,
-        torch.alpha_dropout, torch.feature_alpha_dropout,
-    }
-)  # fmt: skip
-
-
-class _Checked(fx.Interpreter):
-    """Runs a Dynamo graph again and compares with what Dynamo saw.
-
-    Autocast, for one, is recorded but not applied while tracing before dispatch: whatever looks at dtypes then goes
-    another way, and ``y.float()`` of what should be bfloat16 becomes ``y`` itself.
-    """
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.op == "output":
-            for node in n.all_input_nodes:
-                self._compare(node, self.env[node], "requires_grad")
-        given = next(iter(n.all_input_nodes), None) if n.target in _RETURNS_INPUT else None
-        result = super().run_node(n) if given is None or len(given.users) == 1 else self._run_on_alias(n, given)
-        self._compare(n, result, "dtype")
-        return result
-
-    def _run_on_alias(self, n: fx.Node, given: fx.Node) -> Any:
-        """Runs a dropout on an alias of its input, which is used elsewhere too.
-
-        In eval it returns the tensor that it is given, and the tracer, which knows values by identity, would take later
-        uses of the input for uses of the result: wrong as soon as the dropout is put into train.
-        """
-        value = self.env[given]
-        self.env[given] = torch.ops.aten.alias.default(value)
-        result = super().run_node(n)
-        self.env[given] = value
-        return result
-
-    def _compare(self, node: fx.Node, now: Any, what: str) -> None:
-        before = node.meta.get("example_value")
-        both = isinstance(now, torch.Tensor) and isinstance(before, torch.Tensor)
-        if both and getattr(now, what) != getattr(before, what):
-            raise ValueError(f"{node} has {what} {getattr(now, what)} now, {getattr(before, what)} before")
 
 
 def _failing_node(error: Exception) -> str:

@@ -79,7 +79,8 @@ class ModeOp:
         if isinstance(self.overload, OpOverload):
             self.arguments.update({a.name: a.default_value for a in self.overload._schema.arguments})
         else:
-            self.arguments.update(dict.fromkeys(inspect.signature(self.overload).parameters))
+            parameters = inspect.signature(self.overload).parameters.values()
+            self.arguments.update({p.name: None if p.default is p.empty else p.default for p in parameters})
         for name in (self.flag, self.p, *self.stats, *self.shown):
             if name is not None and name not in self.arguments:
                 raise ValueError(f"{self} has no argument {name!r}; it has {', '.join(self.arguments)}")

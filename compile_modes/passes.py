@@ -15,6 +15,7 @@ from compile_modes.capture import capture
 from compile_modes.errors import CaptureError
 from compile_modes.owners import Names, name_owners
 from compile_modes.rewrite import check_overrides
+from compile_modes.sharing import separate
 from compile_modes.sites import Site, sites
 from compile_modes.staging import in_form, put_into_modes, warn_once
 
@@ -59,6 +60,8 @@ class ModePass(CustomGraphPass):
                 raise
             warn_once(f"ModePass leaves a graph as it came.\n{error}")
             return
+        if explicit:
+            separate(captured)
         found, names = sites(captured), Names.of_frame()
         name_owners(captured, found, names)
         if explicit:

@@ -21,6 +21,7 @@ from compile_modes.bodies import (
     module_path,
     state_path,
 )
+from compile_modes.calls import kept_call
 from compile_modes.dual import DualModule
 from compile_modes.errors import BindError
 from compile_modes.flags import mode_of, without_stats
@@ -117,6 +118,8 @@ class Site:
             return f"{self.op.p} is 0: the op had none, or it was traced in eval mode and its p is lost"
         if self.op.counter and self.read(self.op.shown[0]) == 0:
             return "momentum 0.0 in an eval graph: a cumulative average looks the same; export under exportable(model)"
+        if self.op.stats and not self.body.runs_once:
+            return "it would write its statistics inside a branch, a loop or a nested compile region"
         if self.counter and self.step is None and self.counter_at is None:
             return f"{self.counter} is out of the graph's reach, so train could not advance it"
         return ""
@@ -173,7 +176,7 @@ def _sites_of(body: Body) -> list[Site]:
     for node in body.graph.nodes:
         if node in special:
             found.append(special[node])
-        elif node.op == "call_function" and (row := lookup(node.target)) is not None:
+        elif node.op == "call_function" and (row := lookup(node.target) or kept_call(node)) is not None:
             found.append(_site(body, node, row))
     return found
 

@@ -199,6 +199,20 @@ class TestWithoutInductor:
             torch.testing.assert_close(compiled(IMAGE), reference(IMAGE))
 
 
+class Unretraceable(nn.Module):
+    """Makes a tensor of a type that Python's state decides, of which the graph shows the change and no more."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.4))
+
+    def forward(self, x):
+        torch.set_default_dtype(torch.float64)
+        y = torch.ones(4)
+        torch.set_default_dtype(torch.float32)
+        return self.body(x) + y.float()
+
+
 class Checkpointed(nn.Module):
     def __init__(self):
         super().__init__()
@@ -209,7 +223,7 @@ class Checkpointed(nn.Module):
 
 
 def test_what_cannot_be_captured_goes_on_as_it_came(no_inductor):
-    reference = Checkpointed()
+    reference = Unretraceable()
     module = copy.deepcopy(reference)
     with pytest.warns(cm.ModeWarning, match="hands a graph to Inductor as it came") as caught:
         agrees(reference, module, compile_(module), [torch.randn(3, 4)])
@@ -217,6 +231,16 @@ def test_what_cannot_be_captured_goes_on_as_it_came(no_inductor):
     torch._dynamo.reset()
     with pytest.raises(cm.CaptureError, match="could not be retraced"):
         compile_(module, overrides={"body.1": "eval"})(torch.randn(3, 4))
+
+
+def test_checkpoints_are_captured(no_inductor):
+    reference = Checkpointed()
+    module = copy.deepcopy(reference)
+    agrees(reference, module, compile_(module), [torch.randn(3, 4)])
+    torch._dynamo.reset()
+    x = torch.randn(3, 4)
+    output = compile_(module.train(), overrides={"body.1": "eval"})(x)
+    torch.testing.assert_close(output, module.eval()(x))
 
 
 def test_the_captured_graph_is_what_inductor_gets(monkeypatch):
@@ -266,7 +290,7 @@ def _data(y):
 
 
 class Around(nn.Module):
-    """A batch norm and a dropout around something that a retrace would not preserve."""
+    """A batch norm and a dropout before something that a retrace would not preserve."""
 
     def __init__(self, inner):
         super().__init__()
@@ -289,16 +313,16 @@ class Around(nn.Module):
     ],
     ids=["autograd.Function", "hook", "inference_mode", "data", "vmap", "func.grad"],
 )
-def test_what_a_retrace_would_not_preserve_is_left_to_stock(inner, no_inductor):
+def test_what_a_retrace_would_not_preserve_is_kept(inner, no_inductor):
     if inner is _inference and torch.__version__ < "2.12":
         pytest.skip("stock torch 2.11 crashes on it")
     reference = Around(inner)
     module = copy.deepcopy(reference)
-    with pytest.warns(cm.ModeWarning, match="as it came"):
-        agrees(reference, module, compile_(module), [torch.randn(8, 4)], flips=2)
+    x = torch.randn(8, 4)
+    agrees(reference, module, compile_(module), [x], flips=2)
     torch._dynamo.reset()
-    with pytest.raises(cm.CaptureError, match="would not survive"):
-        compile_(module, overrides={"bn": "eval"})(torch.randn(8, 4))
+    output = compile_(module.train(), overrides={"bn": "eval", "drop": "eval"})(x)
+    torch.testing.assert_close(output, module.eval()(x))
 
 
 @torch.compiler.allow_in_graph
@@ -321,8 +345,7 @@ def _with_kernel(x):
 def test_functions_that_a_retrace_would_not_preserve(function, no_inductor):
     x, y = (torch.ones(4, 4, requires_grad=True) for _ in range(2))
     expected = function(x)
-    with pytest.warns(cm.ModeWarning, match="as it came"):
-        found = torch.compile(function, backend="pt2e_modes")(y)
+    found = torch.compile(function, backend="pt2e_modes")(y)
     for a, b in zip(*(o if isinstance(o, tuple) else (o,) for o in (expected, found)), strict=True):
         assert (a.dtype, a.requires_grad) == (b.dtype, b.requires_grad)
         a.sum().backward(retain_graph=True)
@@ -389,7 +412,7 @@ def test_functions_of_integers_compile_as_often_as_stock(no_inductor):
         assert graphs_compiled() - before == 2
 
 
-def test_nested_compile_regions_are_left_to_stock(no_inductor):
+def test_nested_compile_regions_are_captured(no_inductor):
     class Region(nn.Module):
         def __init__(self):
             super().__init__()
@@ -399,10 +422,17 @@ def test_nested_compile_regions_are_left_to_stock(no_inductor):
         def forward(self, x):
             return self.drop(self.fc(x))
 
-    model = nn.ModuleList([Region(), Region()])
+    model, x = nn.ModuleList([Region(), Region()]), torch.randn(3, 4)
     compiled = torch.compile(lambda x: [m(x) for m in model], backend="pt2e_modes")
-    with pytest.warns(cm.ModeWarning, match="invoke_subgraph would not survive"):
-        compiled(torch.randn(3, 4))[1].sum().backward()
+    torch.manual_seed(0)
+    expected = [m(x) for m in model]
+    torch.manual_seed(0)
+    found = compiled(x)
+    torch.testing.assert_close(found, expected)
+    found[1].sum().backward()
+    gradient, model[1].fc.weight.grad = model[1].fc.weight.grad, None
+    expected[1].sum().backward()
+    torch.testing.assert_close(gradient, model[1].fc.weight.grad)
 
 
 def test_what_inductor_fails_on_goes_on_as_it_came(monkeypatch):

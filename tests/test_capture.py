@@ -121,14 +121,39 @@ def test_drawing_on_fake_tensors_leaves_the_random_state_alone():
     assert torch.equal(torch.get_rng_state(), after_capture)
 
 
-def test_what_cannot_be_retraced_says_so():
+def test_the_body_of_a_checkpoint_is_captured():
     class Checkpointed(nn.Module):
         def __init__(self):
             super().__init__()
-            self.fc = nn.Linear(2, 2)
+            self.small = Small(2)
 
         def forward(self, x):
-            return torch.utils.checkpoint.checkpoint(self.fc, x, use_reentrant=False)
+            return torch.utils.checkpoint.checkpoint(self.small, x, use_reentrant=False)
+
+    graph, output = captured(Checkpointed())
+    assert_expected_inline(
+        text(graph),
+        """\
+v0 = tag_activation_checkpoint(wrap_body_0, small.bn.num_batches_tracked, l_x_, small.bn.running_mean, small.bn.running_var, small.bn.weight, small.bn.bias, use_reentrant=False)
+v1 = getitem(v0, 0)
+return (v1)
+v0 = aten.add_.Tensor(small.bn.num_batches_tracked, 1)
+v1 = aten.batch_norm.default(l_x_, small.bn.weight, small.bn.bias, small.bn.running_mean, small.bn.running_var, True, 0.03, 0.001, True)
+v2 = aten.dropout.default(v1, 0.25, True)
+return (v2)""",  # noqa: E501
+    )
+    assert torch.equal(output, eager(Checkpointed()))
+    graph, output = captured(Checkpointed(), rewrite=False)
+    assert "add_" not in text(graph)
+    assert torch.equal(output, eager(Checkpointed().eval()))
+
+
+def test_what_cannot_be_retraced_says_so():
+    def changes(x):
+        torch.set_default_dtype(torch.float64)
+        y = torch.ones(2)
+        torch.set_default_dtype(torch.float32)
+        return x + y.float()
 
     errors = []
 
@@ -139,8 +164,9 @@ def test_what_cannot_be_retraced_says_so():
             errors.append(error)
         return gm.forward
 
-    torch.compile(Checkpointed(), backend=backend)(X)
-    assert "tag_activation_checkpoint would not survive" in errors[0].cause
+    torch.compile(changes, backend=backend)(X)
+    assert "y has dtype torch.float32 now, torch.float64 before" in errors[0].cause
+    assert "torch.ones" in errors[0].where
 
 
 def test_inputs_whose_metadata_the_graph_has_changed_are_noticed():

@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import compile_modes as cm
 from compile_modes._compat.frames import graphs_compiled
@@ -79,3 +81,29 @@ def test_modes_of_torch_compile(mode):
     reference = ConvNet()
     module = copy.deepcopy(reference)
     check(reference, module, torch.compile(module, backend="pt2e_modes", mode=mode), IMAGE, flips=2)
+
+
+class Recomputed(nn.Module):
+    """Its statistics outside of the checkpoint, for eager would update them twice there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.fc = nn.BatchNorm1d(4, eps=1e-2, momentum=0.3), nn.Linear(4, 4)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Dropout(0.2)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.bn(self.fc(x))
+        for layer, reentrant in zip(self.layers, (False, True), strict=True):
+            x = checkpoint(layer, x, use_reentrant=reentrant)
+        return x
+
+
+@pytest.mark.slow
+def test_activation_checkpoints():
+    reference, x = Recomputed(), torch.randn(8, 4)
+    module = copy.deepcopy(reference)
+    check(reference, module, torch.compile(module, backend="pt2e_modes"), x, flips=2)
+    torch._dynamo.reset()
+    options = {"overrides": {"bn": "eval", "layers.*": "eval"}, "fallback_random": True}
+    output = torch.compile(module.train(), backend="pt2e_modes", options=options)(x)
+    torch.testing.assert_close(output, module.eval()(x))

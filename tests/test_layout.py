@@ -8,13 +8,14 @@ import compile_modes
 PACKAGE = Path(compile_modes.__file__).parent
 # Each file imports only from files to its left.
 ORDER = [
-    "_compat", "_compat.cache", "_compat.archives", "_compat.frames", "_compat.passes", "_compat.verifiers",
-    "errors", "console", "snapshot", "dual", "container", "storages", "loader", "archive", "counters", "gates",
-    "cumulative", "ops", "bodies", "source", "regions", "folding", "flags", "sites", "listing", "rewrite",
-    "literals", "recompose", "remarks", "planning", "binding", "baking", "pairing", "exporting", "vectors",
-    "saving", "capture", "lifting", "spelling", "programs", "opening", "printing", "owners", "forced", "logs",
-    "forms", "forms.recurrent", "forms.saved", "staging", "passes", "backend", "exported", "warmup", "demo",
-    "__init__", "commands", "__main__",
+    "_compat", "_compat.cache", "_compat.archives", "_compat.frames", "_compat.kept", "_compat.tracing",
+    "_compat.passes", "_compat.verifiers", "errors", "console", "snapshot", "dual", "container", "storages",
+    "loader", "archive", "counters", "gates", "cumulative", "ops", "calls", "bodies", "source", "regions",
+    "folding", "flags", "sites", "listing", "rewrite", "literals", "recompose", "remarks", "planning",
+    "binding", "baking", "pairing", "exporting", "vectors", "saving", "retrace", "capture", "sharing",
+    "lifting", "spelling", "programs", "opening", "printing", "owners", "forced", "logs", "forms",
+    "forms.recurrent", "forms.saved", "staging", "passes", "backend", "exported", "warmup", "demo", "__init__",
+    "commands", "__main__",
 ]  # fmt: skip
 
 

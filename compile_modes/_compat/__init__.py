@@ -1,10 +1,10 @@
 """Every private torch name and every version branch of this package, in one place.
 
 Checked on torch 2.11.0, 2.13.0, 2.14.1 and 2.15.0. When torch moves one of these, this folder is the one to change:
-``frames`` has what knows of a compilation in progress, ``archives`` what torch's .pt2 files consist of.
+``frames`` has what knows of a compilation in progress, ``archives`` what torch's .pt2 files consist of, ``kept`` what a
+retrace must not run, ``tracing`` the tracer.
 """
 
-import types
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -39,54 +39,11 @@ GUARDS = "_guards_fn"
 UNCONDITIONAL_HOPS: tuple[HigherOrderOperator, ...] = (
     torch.ops.higher_order.wrap_with_set_grad_enabled,
     torch.ops.higher_order.wrap_with_autocast,
+    torch.ops.higher_order.tag_activation_checkpoint,
 )
 
-# Higher-order ops that come out of a retrace as they went in. The others carry autograd or compilation state that
-# running their implementation loses, silently for some (autograd_function_apply, invoke_subgraph, hooks).
-RETRACEABLE_HOPS = (
-    *UNCONDITIONAL_HOPS,
-    torch.ops.higher_order.cond,
-    torch.ops.higher_order.scan,
-    torch.ops.higher_order.while_loop,
-)
-
-# Home of functions that act on the state of autograd and functorch: .data, inference_mode, vmap, grad, jvp.
-_STATEFUL_MODULES = ("torch.autograd", "torch._C._autograd", "torch._functorch", "torch._C._functorch")
-
-# Home of the Python functions that only compute. Any other (a user's allow_in_graph function, sdpa_kernel) may carry
-# autograd or change global state inside, of which a retrace records nothing.
-_PURE_MODULES = ("torch.nn.functional", "torch.functional", "torch._jit_internal", "torch._tensor", "torch.fx",
-                 "torch.amp.autocast_mode", "torch._dynamo", "torch.linalg", "torch.fft", "torch.special", "math",
-                 "operator", "_operator", "builtins")  # fmt: skip
-
-
-def not_retraceable(gm: fx.GraphModule) -> str:
-    """What in a Dynamo graph, or in a graph below it, a retrace does not preserve; ``""`` if all is well."""
-    for module in gm.modules():
-        if not isinstance(module, fx.GraphModule):
-            return f"the module {type(module).__name__}"  # real parameters; Dynamo inlines modules by default
-        for node in module.graph.nodes:
-            if node.op == "call_function" and not _pure(node.target):
-                return str(getattr(node.target, "__name__", node.target))
-            if node.op == "get_attr":
-                held = getattr(module, str(node.target), None)
-                if isinstance(held, torch.Tensor) and not isinstance(held, FakeTensor):
-                    return f"the real tensor {node.target}"  # running the graph would write to it
-    return ""
-
-
-def _pure(target: Any) -> bool:
-    """Whether a call only computes; grad mode and autocast regions count as computing, for a retrace records them."""
-    if isinstance(target, HigherOrderOperator):
-        return target in RETRACEABLE_HOPS
-    name, home = getattr(target, "__name__", ""), getattr(target, "__module__", None) or ""
-    if _below(home, _STATEFUL_MODULES) or (name.startswith(("set_", "_set_")) and name != "_set_grad_enabled"):
-        return False
-    return not isinstance(target, types.FunctionType) or home == "torch" or _below(home, _PURE_MODULES)
-
-
-def _below(home: str, modules: Sequence[str]) -> bool:
-    return any(home == module or home.startswith(module + ".") for module in modules)
+# Those that pass their operands to the one body in order. AOTAutograd refuses to train a body of the last that writes.
+PASSING_HOPS = (*UNCONDITIONAL_HOPS, torch.ops.higher_order.invoke_subgraph)
 
 
 def aten_overload(name: str) -> OpOverload | None:

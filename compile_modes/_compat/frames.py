@@ -14,6 +14,7 @@ from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.utils import counters
 from torch._guards import Source
+from torch.utils import _pytree as pytree
 
 
 def source_name(placeholder: fx.Node) -> str:
@@ -110,6 +111,22 @@ def _same_layout(fake: torch.Tensor, given: torch.Tensor) -> bool:
     pairs = [*zip(fake.shape, given.shape, strict=True), *zip(fake.stride(), given.stride(), strict=True)]
     # Symbolic sizes are not compared: that would add guards.
     return all(a == b for a, b in pairs if type(a) is int and type(b) is int)
+
+
+def carry_results(source: fx.Graph, target: fx.Graph) -> None:
+    """Describes inputs and results of the retrace of a body as Dynamo did, in the one place where torch looks for it.
+
+    Higher-order ops ask there which results need a gradient. The tracer's own snapshots never need one.
+    """
+    old, new = (pytree.tree_leaves(graph.output_node().args) for graph in (source, target))
+    if len(old) != len(new):
+        raise ValueError(f"the retraced graph returns {len(new)} values, the Dynamo graph {len(old)}")
+    for before, after in zip(old, new, strict=True):
+        if isinstance(before, fx.Node) and isinstance(after, fx.Node):
+            after.meta["example_value"] = before.meta.get("example_value")
+            after.meta.pop("val", None)
+    for placeholder in target.find_nodes(op="placeholder"):
+        placeholder.meta.pop("val", None)
 
 
 def carry_placeholders(source: fx.Graph, target: fx.Graph) -> None:
