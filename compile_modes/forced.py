@@ -82,13 +82,13 @@ def _below(owner: str, names: Names) -> list[str]:
 def decided_by_python(
     found: Iterable[Site], names: Names, training: bool | None, overrides: Mapping[str, str]
 ) -> list[str]:
-    """Modules that are asked to be in another mode than their flag says, but have no site to put into it.
+    """Modules, with their class, that are asked to be in another mode than their flag says, but have no site.
 
     What depends on their mode is Python's decision, which Dynamo has traced as the flag says.
     """
     undecided = names.read - {site.owner for site in found}
     return sorted(
-        name
+        f"{name!r} ({type(module).__name__})"
         for name in undecided
         if (module := names.modules.get(name)) is not None
         and wanted(name, training, overrides) not in (None, module.training)
@@ -113,7 +113,9 @@ def check_recurrent(names: Names, training: bool | None, overrides: Mapping[str,
 def refused(report: Report) -> OverrideError:
     """The error for sites that can't be put into the mode that was asked for."""
     lost = sorted({site.owner for site, _ in report.refused if site.op.family == "attention" and not site.op.inference})
-    remedy = 'leave them out by a pattern of their own that comes first, such as {"*.self_attn": "eval"}'
+    first = report.refused[0][0]
+    example = f"{{{first.owner!r}: {'train' if first.training else 'eval'!r}}}"
+    remedy = f"leave them out by a pattern of their own that comes first, such as {example}"
     if lost:
         remedy += f"; or say what attention has lost, 0.0 for none: options={{'dropout_p': {{{lost[0]!r}: 0.1}}}}"
     lines = [f"  {site}: {why}" for site, why in report.refused]

@@ -14,6 +14,7 @@ from torch.export.unflatten import UnflattenedModule
 
 from compile_modes import _compat
 from compile_modes._compat import frames
+from compile_modes.binding import CELL
 from compile_modes.bodies import Body, bodies, dynamo_path, join
 from compile_modes.dual import DualModule
 from compile_modes.sites import Site, sites
@@ -51,7 +52,7 @@ class Names:
         for source in frames.guarded():
             if source.endswith(".training"):
                 owner = names.full(source.removesuffix(".training"))
-                if owner is not None:
+                if owner is not None and not owner.rpartition(".")[2].startswith(CELL):
                     names.read.add(owner)
         return names
 
@@ -62,6 +63,15 @@ class Names:
         if start is None:
             return None
         return _below(start, dynamo_path(source))
+
+    def pin(self) -> None:
+        """Keeps the compiled code to the modules that it is compiled for, where their names are more than a type's.
+
+        Dynamo compiles the ``forward`` of a submodule once for all submodules of the type, if it compiles it at all.
+        """
+        for variable, start in self.variables.items():
+            if start:
+                frames.pin_variable(variable)
 
     def exported(self) -> dict[str, list[nn.Module]]:
         """The exported modules, each with the programs that it may run, by full name; the outermost ones only."""

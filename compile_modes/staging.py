@@ -66,6 +66,8 @@ def put_into_modes(
         ModeWarning: modules are asked to be in another mode than their flag says, which Python has read.
     """
     owners = {site.owner for site in found}
+    if overrides:
+        names.pin()
     supply_dropout(found, dropout_p or {}, names)
     check_recurrent(names, training, overrides)
     if whole:
@@ -75,7 +77,7 @@ def put_into_modes(
         overrides = {p: m for p, m in overrides.items() if any(owner_matches(o, p) for o in owners)}
     if decided := decided_by_python(found, names, training, overrides):
         warn_once(
-            f"{', '.join(map(repr, decided[:5]))} read their training flag in Python, where options can't reach: what "
+            f"{', '.join(decided[:5])} read their training flag in Python, where options can't reach: what "
             "depends on it stays as the flag says.\n  what to do: set the flag, by train() or eval() of the module"
         )
     report = apply(captured, assign(found, training, overrides), refusal)

@@ -57,6 +57,25 @@ class DropFirst(nn.Module):
         return self.fc(self.drop(x))
 
 
+class Breaking(nn.Module):
+    """A module within which the graph breaks, so that Dynamo compiles its ``forward`` by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.bn, self.drop = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.drop(self.bn(self.fc(x)))
+        torch._dynamo.graph_break()
+        return y.sin()
+
+
+def _breaking(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    y = module.drop(x)
+    torch._dynamo.graph_break()
+    return y.sin()
+
+
 class BackToBack(nn.Module):
     """Calls of exported modules with nothing between them, one of them called twice."""
 
@@ -103,6 +122,11 @@ class TestNames:
         reference.b.eval()
         agree(reference, module, compiled, VECTOR)
 
+    def test_flags_of_regions_are_not_taken_for_pythons(self):
+        reference = Regions()
+        compiled = compile_(bound(reference, IMAGE), training=False)
+        torch.testing.assert_close(compiled(IMAGE), reference.eval()(IMAGE))  # a warning would be an error
+
     def test_in_regions_of_an_exported_module(self):
         reference = Regions()
         module = bound(reference, IMAGE)
@@ -148,6 +172,45 @@ class TestNames:
         reference.inner.block1.bn.eval()
         reference.inner.block1.drop.eval()
         agree(reference, module, compiled, IMAGE)
+
+    @pytest.mark.parametrize("pattern", ["layers.0.*", "layers.1.*", "layers.2.drop"])
+    @pytest.mark.parametrize("flags", [True, False])
+    def test_of_modules_of_one_type_that_dynamo_compiles_by_themselves(self, flags, pattern):
+        class Stack(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layers = nn.ModuleList(Breaking() for _ in range(3))
+
+            def forward(self, x):
+                for layer in self.layers:
+                    x = layer(x)
+                return x
+
+        reference = Stack().train(flags)
+        module = copy.deepcopy(reference)
+        compiled = compile_(module, overrides={pattern: "eval" if flags else "train"})
+        for name, submodule in reference.named_modules():
+            if cm.rewrite.owner_matches(name, pattern):
+                submodule.training = not flags
+        for x in (VECTOR, VECTOR.clone().requires_grad_()):
+            agree(reference, module, compiled, x)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 12
+
+    def test_of_a_module_outside_a_function_that_dynamo_compiles_by_itself(self):
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.drop, self.last = nn.Dropout(0.3), nn.Dropout(0.2)
+
+            def forward(self, x):
+                return self.last(_breaking(self, x))
+
+        reference = Net()
+        module = copy.deepcopy(reference)
+        compiled = compile_(module, overrides={"drop": "eval", "last": "eval"})
+        reference.last.eval()
+        reference.drop.eval()
+        agree(reference, module, compiled, VECTOR)
 
     @pytest.mark.parametrize("where", ["global", "local"])
     def test_of_a_module_in_a_compiled_function(self, where):
@@ -287,7 +350,7 @@ class TestPython:
 
     def test_is_said_where_all_are_asked(self):
         module = nn.Sequential(Branching(), nn.Dropout(0.2))
-        with pytest.warns(cm.ModeWarning, match=r"'0' read their training flag in Python"):
+        with pytest.warns(cm.ModeWarning, match=r"'0' \(\w+\) read their training flag in Python"):
             compile_(module, training=False)(VECTOR)
 
     def test_is_an_error_where_it_alone_is_asked(self):
@@ -304,7 +367,7 @@ class TestPython:
         reference = nn.Sequential(DropPath(0.4), nn.Linear(4, 4))
         compiled = compile_(copy.deepcopy(reference), training=False)
         same_outputs(copy.deepcopy(reference).eval(), compiled, VECTOR)
-        with pytest.warns(cm.ModeWarning, match=r"'0' read their training flag in Python"):
+        with pytest.warns(cm.ModeWarning, match=r"'0' \(\w+\) read their training flag in Python"):
             compile_(copy.deepcopy(reference).eval(), training=True)(VECTOR)
 
     def test_is_no_matter_of_fast_paths(self):

@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch._dynamo.code_context import code_context
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._dynamo.source import GlobalSource, LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.utils import counters
 from torch._guards import Source
@@ -84,13 +85,30 @@ def graphs_compiled() -> int:
 
 
 def is_whole_frame(gm: fx.GraphModule) -> bool:
-    """Whether a Dynamo graph holds all of a function's ops: no graph break ended it, and it resumes no other."""
+    """Whether a Dynamo graph holds all ops of the compiled module, or function: no graph break has parted them."""
     reason = getattr(gm, "compile_subgraph_reason", None)
     try:
-        code = InstructionTranslator.current_tx().f_code.co_name
+        tx = InstructionTranslator.current_tx()
     except AttributeError:
-        code = ""
-    return not getattr(reason, "graph_break", False) and not code.startswith("torch_dynamo_resume_in_")
+        return not getattr(reason, "graph_break", False)
+    if getattr(reason, "graph_break", False) or tx.f_code.co_name.startswith("torch_dynamo_resume_in_"):
+        return False
+    root = compiled_root()
+    # Where Dynamo can't compile the module's own function, it compiles those that are called from there.
+    return root is None or tx.f_code in _entries(root) or tx.output.local_scope.get("fn") in (root, root.forward)
+
+
+def _entries(root: nn.Module) -> set[Any]:
+    """The code of the functions by which a call of a module enters it."""
+    entries = (root.forward, nn.Module._call_impl, nn.Module._wrapped_call_impl)
+    return {getattr(entry, "__code__", None) for entry in entries}
+
+
+def pin_variable(variable: str) -> None:
+    """Guards the compilation in progress on the identity of the module in a variable, such as ``L['self']``."""
+    kind, name = variable[0], variable[3:-2]
+    source = LocalSource(name) if kind == "L" else GlobalSource(name)
+    install_guard(source.make_guard(GuardBuilder.ID_MATCH))
 
 
 def fake_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
