@@ -53,6 +53,15 @@ def check_patterns(overrides: Mapping[str, str], found: Sequence[Site], names: N
         if any(owner_matches(owner, pattern) for owner in owners):
             continue
         read = sorted(name for name in names.read if owner_matches(name, pattern))
+        unclear = {
+            n for n in names.unclear for name in names.modules if _is_below(name, n) and owner_matches(name, pattern)
+        }
+        if unclear:
+            raise OverrideError(
+                f"the pattern {pattern!r} names parts of one of several exported modules that can't be told apart",
+                where=f"overrides[{pattern!r}], {', '.join(sorted(names.unclear))}",
+                remedy="set the flag, by train() or eval(): they have no state, by which a graph would show them",
+            )
         fused = [s for s in found if s.op.inference and any(owner_matches(n, pattern) for n in _below(s.owner, names))]
         if fused:
             raise OverrideError(
@@ -76,7 +85,11 @@ def check_names(overrides: Mapping[str, str], names: Names) -> None:
 
 
 def _below(owner: str, names: Names) -> list[str]:
-    return [name for name in names.modules if not owner or name.startswith(owner + ".")]
+    return [name for name in names.modules if _is_below(name, owner)]
+
+
+def _is_below(name: str, owner: str) -> bool:
+    return not owner or name.startswith(owner + ".")
 
 
 def decided_by_python(

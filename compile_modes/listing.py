@@ -80,7 +80,7 @@ def as_text(survey: Mapping[str, Any]) -> str:
     parts = []
     for program in survey["programs"]:
         lines = [_table(program)] if program["sites"] else ["no mode-dependent sites"]
-        title = [f"in {program['program']} mode:"] if program["program"] else []
+        title = [f"the program of {program['program']} mode:"] if program["program"] else []
         parts.append("\n".join([*title, *lines, *program["remarks"]]))
     if survey["difference"] is not None:
         parts.insert(0, f"two programs, which differ in {survey['difference']}")

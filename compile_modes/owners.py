@@ -28,27 +28,35 @@ class Names:
 
     Attributes:
         variables: where the name of each variable that holds a module begins: ``{"L['self']": "layers.0"}``.
-        modules: every module below those variables, by its full name.
-        everything: the names of all modules that there are; empty if the compiled module isn't known.
+        modules: every module below those variables, by its full name: the first, if it has several.
+        aliases: all names that lead to one of them, and its full name.
+        by_id: the full name of each module, by the id by which Dynamo writes it into ``nn_module_stack``.
+        everything: the full names of all modules that there are; empty if the compiled module isn't known.
         read: the full names of modules whose ``training`` Python has read.
+        unclear: exported modules that could not be told apart.
     """
 
     variables: dict[str, str] = field(default_factory=dict)
     modules: dict[str, nn.Module] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    by_id: dict[int, str] = field(default_factory=dict)
     everything: set[str] = field(default_factory=set)
     read: set[str] = field(default_factory=set)
+    unclear: set[str] = field(default_factory=set)
 
     @classmethod
     def of_frame(cls) -> "Names":
         """The names of the frame that Dynamo is compiling; empty outside of Dynamo."""
         names, root = cls(), frames.compiled_root()
-        known = {} if root is None else {module: path for path, module in root.named_modules()}
         if root is not None:
-            names.everything.update(name for name, _ in root.named_modules(remove_duplicate=False))
+            names.by_id = {id(module): name for name, module in root.named_modules()}
+            names.everything.update(names.by_id.values())
         for variable, module in frames.roots_read().items():
-            start = names.variables[variable] = known.get(module, "")
+            start = names.variables[variable] = names.by_id.get(id(module), "")
             for path, submodule in module.named_modules(remove_duplicate=False):
-                names.modules.setdefault(_below(start, path), submodule)
+                name = names.by_id.setdefault(id(submodule), _below(start, path))
+                names.modules[name] = submodule
+                names.aliases[_below(start, path)] = name
         for source in frames.guarded():
             if source.endswith(".training"):
                 owner = names.full(source.removesuffix(".training"))
@@ -62,7 +70,9 @@ class Names:
         start = self.variables.get(variable.group()) if variable else None
         if start is None:
             return None
-        return _below(start, dynamo_path(source))
+        path = _below(start, dynamo_path(source))
+        home, _, leaf = path.rpartition(".")
+        return self.aliases[path] if path in self.aliases else _below(self.aliases.get(home, home), leaf)
 
     def pin(self) -> None:
         """Keeps the compiled code to the modules that it is compiled for, where their names are more than a type's.
@@ -98,18 +108,22 @@ def name_owners(captured: fx.GraphModule, found: Iterable[Site], names: Names) -
     for call in _calls(graphs[0], names):
         inside = [by_node[node] for node in _nodes(call) if node in by_node]
         if call.programs:
-            _name_exported(inside, call)
+            _name_exported(inside, call, names)
         else:
             for site in inside:
                 _name_traced(site, names)
 
 
 def _name_traced(site: Site, names: Names) -> None:
-    stack = site.node.meta.get("nn_module_stack")
-    sources = [path for path, _ in stack.values()] if stack else list(names.variables)
+    stack = site.node.meta.get("nn_module_stack") or {}
+    key = next(reversed(stack), "").partition("@")[0]
+    if key.isdigit() and int(key) in names.by_id:
+        site.owner = names.by_id[int(key)]
+        return
+    sources = [path for path, _ in stack.values()] or list(names.variables)
     variable = _VARIABLE.match(sources[-1]) if stack or len(sources) == 1 else None
-    if variable and (start := names.variables.get(variable.group())):
-        site.owner = _below(start, site.owner)
+    owner = _below(names.variables.get(variable.group(), ""), site.owner) if variable else site.owner
+    site.owner = names.aliases.get(owner, owner)
 
 
 @dataclass(frozen=True)
@@ -161,7 +175,7 @@ def _calls(body: Body, names: Names) -> Iterator[_Call]:
     for node in body.graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
-        state = set(_state(node, names))
+        state = set(_state(node, names)) if every else set()
         if not every or not (_origin(node) or _names_of_program(node)):
             if call.programs:
                 yield call
@@ -196,7 +210,7 @@ def _nodes(call: _Call) -> Iterator[fx.Node]:
     return visit(call.body, call.nodes)
 
 
-def _name_exported(inside: Sequence[Site], call: _Call) -> None:
+def _name_exported(inside: Sequence[Site], call: _Call, names: Names) -> None:
     programs = [program for program, _ in call.programs.values()]
     overloads = [site.op.overload for site in inside]
     exact = [p for p in programs if [site.op.overload for site in p.sites] == overloads]
@@ -207,6 +221,8 @@ def _name_exported(inside: Sequence[Site], call: _Call) -> None:
         for site in inside:
             if not programs[0].holds(site.owner):
                 site.owner = _below(programs[0].name, site.owner)
+    elif inside:
+        names.unclear |= {program.name for program in programs}
 
 
 def _below(start: str, path: str) -> str:
@@ -232,5 +248,9 @@ def _names_of_program(node: fx.Node) -> bool:
 
 def _state(node: fx.Node, names: Names) -> Iterator[str]:
     for operand in node.all_input_nodes:
-        if operand.op == "placeholder" and (path := names.full(frames.source_name(operand))):
+        source = frames.source_name(operand) if operand.op == "placeholder" else ""
+        home = names.by_id.get(id(frames.holder(operand))) if source else None
+        if home is not None:
+            yield _below(home, dynamo_path(source).rpartition(".")[2])
+        elif path := names.full(source):
             yield path

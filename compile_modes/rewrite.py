@@ -86,7 +86,11 @@ def check_overrides(training: Any, overrides: Any) -> dict[str, str]:
     if not isinstance(overrides, Mapping):
         raise OptionError(f"overrides is a {type(overrides).__name__}", remedy='pass {"layer4.*": "eval"}')
     for pattern, mode in overrides.items():
-        if not isinstance(pattern, str) or not isinstance(mode, str) or mode not in MODES:
+        if not isinstance(pattern, str):
+            raise OptionError(
+                f"{pattern!r} is not an owner glob", where="overrides", remedy='pass {"layer4.*": "eval"}'
+            )
+        if not isinstance(mode, str) or mode not in MODES:
             raise OptionError(
                 f"{mode!r} is not a mode", where=f"overrides[{pattern!r}]", remedy="use 'train' or 'eval'"
             )

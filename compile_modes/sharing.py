@@ -50,7 +50,9 @@ def _own(call: _Call, shared: fx.GraphModule, renaming: tuple[str, str], number:
     copied.meta = dict(shared.meta)
     for node in copied.graph.nodes:
         if stack := node.meta.get("nn_module_stack"):
-            node.meta["nn_module_stack"] = {k: (_renamed(path, renaming), kind) for k, (path, kind) in stack.items()}
+            node.meta["nn_module_stack"] = {
+                f"own:{k}": (_renamed(path, renaming), kind) for k, (path, kind) in stack.items()
+            }
     name = f"{call.fetch.target}_of_{number}"
     setattr(call.holder, name, copied)
     with call.holder.graph.inserting_before(call.node):

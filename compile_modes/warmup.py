@@ -68,8 +68,8 @@ def warmup(
         OptionError: ``modes`` or ``grad`` is not usable.
         OverrideError: a glob matches no module.
     """
-    steps = _steps(module, modes, grad)
     _check(module)
+    steps = _steps(module, modes, grad)
     before = graphs_compiled()
     snapshot = Snapshot(module, (args, kwargs))
 

@@ -123,8 +123,8 @@ aten.scaled_dot_product_attention.default  (root)  train  override  p=0.3
     status, out, _ = run("explain", "two.pt2", "--mode", "eval", "--override", "net.block1.*=train")
     assert status == 0
     assert out.count("override") == 2
-    assert "in train mode:" not in out
-    assert "in train mode:" in run("explain", "two.pt2")[1]
+    assert "the program of train mode:" not in out
+    assert "the program of train mode:" in run("explain", "two.pt2")[1]
 
 
 def test_explain_shows_the_graph_before_and_after(run):

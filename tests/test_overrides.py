@@ -10,7 +10,7 @@ from torch import nn
 import compile_modes as cm
 from compile_modes._compat.frames import graphs_compiled
 
-from nets import IMAGE, Attention, ConvNet, DropPath, Parent, Recurrent, Regions  # isort: skip
+from nets import IMAGE, Attention, ConvNet, DropPath, Parent, Recurrent, Regions, Small  # isort: skip
 from oracle import same_outputs, same_state  # isort: skip
 
 pytestmark = pytest.mark.usefixtures("no_inductor")
@@ -121,6 +121,60 @@ class TestNames:
         compiled = compile_(module, overrides={"b.*": "eval"})
         reference.b.eval()
         agree(reference, module, compiled, VECTOR)
+
+    @pytest.mark.parametrize("pattern", ["b.*", "a.drop"])
+    @pytest.mark.parametrize("kind", ["modules", "list", "dict", "alias"])
+    def test_of_modules_that_are_reached_by_another_name(self, kind, pattern):
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a, self.b = Small(4), Small(4)
+                both = [self.a, self.b]
+                if kind == "alias":
+                    self.first, self.second = both
+                self.both = nn.ModuleList(both) if kind == "modules" else both if kind == "list" else None
+                self.named = dict(zip("xy", both, strict=True))
+
+            def forward(self, x):
+                if kind == "dict":
+                    return self.named["y"](self.named["x"](x))
+                if kind == "alias":
+                    return self.second(self.first(x))
+                for module in self.both:
+                    x = module(x)
+                return x
+
+        reference = Net()
+        module = copy.deepcopy(reference)
+        compiled = compile_(module, overrides={pattern: "eval"})
+        for name, submodule in reference.named_modules():
+            if cm.rewrite.owner_matches(name, pattern):
+                submodule.training = False
+        agree(reference, module, compiled, VECTOR)
+
+    def test_of_an_exported_module_in_a_dict(self):
+        class Net(nn.Module):
+            def __init__(self, child):
+                super().__init__()
+                self.child = child
+                self.named = {"k": child}
+
+            def forward(self, x):
+                return self.named["k"](x)
+
+        reference = Net(Small(4))
+        module = Net(bound(reference.child, VECTOR))
+        compiled = compile_(module, overrides={"child.*": "eval"})
+        reference.child.bn.eval()
+        reference.child.drop.eval()
+        agree(reference, module, compiled, VECTOR)
+
+    def test_of_exported_modules_that_nothing_tells_apart(self):
+        def child():
+            return bound(nn.Sequential(nn.Dropout(0.3), nn.ReLU()), VECTOR)
+
+        with pytest.raises(cm.OverrideError, match="can't be told apart"):
+            compile_(nn.Sequential(nn.Linear(4, 4), child(), child()), overrides={"1.0": "eval"})(VECTOR)
 
     def test_flags_of_regions_are_not_taken_for_pythons(self):
         reference = Regions()

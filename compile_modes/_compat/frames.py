@@ -59,16 +59,21 @@ def pin_owner(placeholder: fx.Node) -> nn.Module | None:
     Dynamo shares one compiled graph between instances of a class. Whoever wants to use this very instance needs the
     guard, which the compilation in progress gets here. None if the input is not a buffer of a module.
     """
+    module = holder(placeholder)
+    if module is not None:
+        install_guard(placeholder._dynamo_source.base.base.make_guard(GuardBuilder.ID_MATCH))  # type: ignore[attr-defined]
+    return module
+
+
+def holder(placeholder: fx.Node) -> nn.Module | None:
+    """The live module that holds the parameter or buffer which Dynamo made a graph input; None if it is none."""
     scope, source = _frame_scope(), getattr(placeholder, "_dynamo_source", None)
     owner = getattr(getattr(source, "base", None), "base", None)  # module ._buffers ['running_mean']
     if scope is None or not isinstance(owner, Source):
         return None
     name: Any = owner.name
     module = eval(name() if callable(name) else name, scope)  # an expression that Dynamo generated for its guards
-    if not isinstance(module, nn.Module):
-        return None
-    install_guard(owner.make_guard(GuardBuilder.ID_MATCH))
-    return module
+    return module if isinstance(module, nn.Module) else None
 
 
 def _frame_scope() -> dict[str, Any] | None:
