@@ -15,9 +15,10 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import compile_modes as cm
+from compile_modes import passes
 from compile_modes._compat.frames import graphs_compiled
 
-from nets import IMAGE, Activations, ConvNet, Parent, Regions  # isort: skip
+from nets import IMAGE, Activations, ConvNet, Parent, Regions, Small  # isort: skip
 from oracle import same_state  # isort: skip
 
 CASES = {
@@ -178,11 +179,21 @@ class Checkpointed(nn.Module):
         return torch.utils.checkpoint.checkpoint(self.body, x, use_reentrant=False)
 
 
-def test_what_cannot_be_captured():
-    with pytest.raises(cm.CaptureError, match="could not be retraced"):
-        compile_(Checkpointed(), cm.ModePass(training=False))(torch.randn(3, 4))
-    torch._dynamo.reset()
+def test_the_body_of_a_checkpoint():
     reference = Checkpointed()
+    module = copy.deepcopy(reference)
+    agrees(reference.eval(), module, compile_(module, cm.ModePass(training=False)), torch.randn(3, 4))
+
+
+def test_what_cannot_be_captured(monkeypatch):
+    def refuse(*args):
+        raise cm.CaptureError("the graph could not be retraced")
+
+    monkeypatch.setattr(passes, "capture", refuse)
+    with pytest.raises(cm.CaptureError, match="could not be retraced"):
+        compile_(Small(4), cm.ModePass(training=False))(torch.randn(3, 4))
+    torch._dynamo.reset()
+    reference = Small(4)
     module = copy.deepcopy(reference)
     with pytest.warns(cm.ModeWarning, match="as it came") as caught:
         agrees(reference, module, compile_(module, cm.ModePass()), torch.randn(3, 4))
