@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from torch import fx
-from torch._ops import OpOverload
 
 from compile_modes._compat import aten_overload
 from compile_modes.ops import TABLE, ModeOp
@@ -27,7 +26,11 @@ def kept_call(node: fx.Node) -> ModeOp | None:
         modes: frozenset[bool | None] = node.meta[HIDDEN]
         implied = next(iter(modes)) if len(modes) == 1 else None
         return ModeOp(_named(node.target), "function", implied=implied, refusal=_HIDDEN) if modes else None
-    return None if isinstance(node.target, OpOverload | str) else _row(node.target)
+    if isinstance(node.target, types.BuiltinFunctionType):
+        return _row_behind(node.target.__name__)
+    if getattr(node.target, "__module__", None) == "torch.nn.functional":
+        return _row(node.target) if isinstance(node.target, types.FunctionType) else None
+    return None
 
 
 def is_kept(row: ModeOp) -> bool:
@@ -36,19 +39,15 @@ def is_kept(row: ModeOp) -> bool:
 
 
 @functools.cache
-def _row(target: Any) -> ModeOp | None:
-    name = getattr(target, "__name__", "")
-    if isinstance(target, types.BuiltinFunctionType):
-        return _row_behind(name)
-    if getattr(target, "__module__", None) != "torch.nn.functional" or not isinstance(target, types.FunctionType):
-        return None
-    parameters = inspect.signature(target).parameters
+def _row(target: types.FunctionType) -> ModeOp | None:
+    name, parameters = target.__name__, inspect.signature(target).parameters
     flag = next((flag for flag in _FLAGS if flag in parameters), None)
     family = next((family for family in _FAMILIES if family in name), name)
     stats = tuple(stat for stat in ("running_mean", "running_var") if stat in parameters)
     return ModeOp(target, family, flag=flag, stats=stats, refusal=KEPT) if flag else None
 
 
+@functools.cache
 def _row_behind(name: str) -> ModeOp | None:
     """The row of the ATen op behind a builtin; which of several overloads is called, and how, is not known."""
     row = TABLE.get(aten_overload(name))

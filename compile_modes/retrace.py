@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from compile_modes._compat import kept, tracing
+from compile_modes._compat import FakeTensor, kept, tracing
 from compile_modes._compat.kept import Treatment
 
 _RETURNS_INPUT = frozenset(
@@ -91,6 +92,8 @@ class Retracer(fx.Interpreter):
         if n.op == "call_module":
             raise ValueError(f"the module {n.target} would not survive")
         how = kept.treatment(n.target) if n.op == "call_function" else Treatment.RUN
+        if how is Treatment.COPY and isinstance(n.target, OpOverload):
+            raise ValueError(f"{n.target} would not survive")  # set_: what it does to its operand, later nodes see
         if n in self._transformed or how is not Treatment.RUN:
             return self._copy(n, how)
         given = next(iter(n.all_input_nodes), None) if n.target in _RETURNS_INPUT else None
@@ -101,7 +104,7 @@ class Retracer(fx.Interpreter):
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         """As the base, but running the graph would write to a tensor that is not fake."""
         value = super().get_attr(target, args, kwargs)
-        if isinstance(value, torch.Tensor) and not tracing.is_fake(value):
+        if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):
             raise ValueError(f"the real tensor {target} would not survive")
         return value
 

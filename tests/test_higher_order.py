@@ -476,3 +476,44 @@ def test_flex_attention():
         output = compile_(module, overrides={"last": other, "drop": other})(torch.cat([X] * 4, -1)[:, :4])
         torch.manual_seed(0)
         torch.testing.assert_close(output, expected(X))
+
+
+class Exported(nn.Module):
+    """Regions that export makes graphs of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.out = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.bn, self.frozen = nn.BatchNorm1d(4, momentum=0.3), nn.BatchNorm1d(4, momentum=0.2)
+        self.drop, self.last = nn.Dropout(0.3), nn.Dropout(0.2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.fc(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = self.drop(self.bn(self.out(y)))
+        with torch.no_grad():
+            z = self.last(self.frozen(x))
+        return y.float() + z
+
+
+@pytest.mark.parametrize("start", [True, False], ids=["train-export", "eval-export"])
+def test_regions_of_bound_programs(start):
+    reference = Exported().train(start)
+    bound = cm.bind(torch.export.export(copy.deepcopy(reference), (X,)))
+    agrees(reference, bound, compile_(bound), [X], flips=2, steps=2, tolerance=2e-2)  # eager rounds elsewhere
+    for flags in (True, False):
+        torch._dynamo.reset()
+        module, expected = copy.deepcopy(bound).train(flags), copy.deepcopy(bound).train(flags)
+        for name in ("bn", "last"):
+            expected.get_submodule(name).train(not flags)
+        other = "eval" if flags else "train"
+        outputs = []
+        stock = torch.compile(expected, backend="aot_eager")
+        for call in (stock, compile_(module, overrides={"bn": other, "last": other})):
+            torch.manual_seed(0)
+            outputs.append(call(X))
+            outputs[-1].sum().backward()
+        assert torch.equal(*outputs)
+        same_state(expected, module, 0.0)
+        for a, b in zip(expected.parameters(), module.parameters(), strict=True):
+            torch.testing.assert_close(b.grad, a.grad, rtol=0, atol=0)

@@ -5,13 +5,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, track_tensor_tree
 from torch.utils import _pytree as pytree
-
-
-def is_fake(value: Any) -> bool:
-    return isinstance(value, FakeTensor)
 
 
 class Recorder:
