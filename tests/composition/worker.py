@@ -174,10 +174,10 @@ SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
     "compiled-ddp bound": lambda: ddp("bound", "compiled-ddp"),
     "compiled-ddp eager": lambda: ddp("eager", "compiled-ddp"),
     "compiled-ddp bound in three buckets with an override": lambda: ddp(
-        "bound", "compiled-ddp", width=512, overrides={"block1.bn": "eval"}
+        "bound", "compiled-ddp", width=512, overrides={"module.block1.bn": "eval"}
     ),
     "compiled-ddp eager in three buckets with an override": lambda: ddp(
-        "eager", "compiled-ddp", width=512, overrides={"block1.bn": "eval"}
+        "eager", "compiled-ddp", width=512, overrides={"module.block1.bn": "eval"}
     ),
     "ddp-of-compiled bound, Inductor": lambda: ddp("bound", "ddp-of-compiled"),
     "fsdp eager, root": lambda: fsdp("eager", blocks=False),
