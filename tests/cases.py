@@ -78,7 +78,10 @@ def materialised(lazy: nn.Module, *shape: int) -> nn.Module:
 
 
 def quantization_aware(kind: Any, *args: Any, **options: Any) -> nn.Module:
-    return kind(*args, **NORM, qconfig=get_default_qat_qconfig("fbgemm"), **options)
+    module = kind(*args, **NORM, qconfig=get_default_qat_qconfig("fbgemm"), **options)
+    if isinstance(module.bias, nn.Parameter):
+        nn.init.zeros_(module.bias)  # qat.LinearBn1d leaves it uninitialised
+    return module
 
 
 class Attends(nn.Module):
