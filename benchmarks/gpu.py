@@ -44,6 +44,7 @@ TRAIN = ("ours", "bound", "stock", "eager", "torchao")
 EVAL = ("ours", "bound", "stock", "freezing", "eager", "torchao")
 FLIP = COMPILE_TRAIN = ("ours", "bound", "stock", "torchao")
 COMPILE_EVAL = ("ours", "bound", "stock", "freezing", "torchao")
+WRONG = 0.05  # of the largest output: beyond what bfloat16 explains
 NOT_YET = "Not yet run on a GPU."
 
 
@@ -218,8 +219,11 @@ def notes(results: list[dict[str, Any]]) -> list[str]:
         name = f"{r['model']}, {r['dtype']}, {r['contender']}"
         if r["status"] != "ok":
             lines.append(f"{name}: {r['status']}: {r['why']}")
-        elif r["compiles_per_flip"]:
+            continue
+        if r["compiles_per_flip"]:
             lines.append(f"{name}: {r['compiles_per_flip']:.2g} graphs compiled per flip")
+        if r["eval_error"] is not None and not r["eval_error"] <= WRONG:  # NaN is wrong, too
+            lines.append(f"{name}: its first eval is off eager's by {r['eval_error']:.2g} of the largest output")
     return lines
 
 
