@@ -157,7 +157,7 @@ def test_what_it_says_of_a_counter_out_of_reach():
 1 sites can't be put into the mode that was asked for:
   batch_norm (aten.batch_norm.default, owner 'bn', eval): bn.num_batches_tracked is out of the graph's reach, so train could not advance it;
     switch the module to train, or use the backend "pt2e_modes"
-  what to do: leave them out by a pattern of their own that comes first, such as {"*.self_attn": "eval"}""",  # noqa: E501
+  what to do: leave them out by a pattern of their own that comes first, such as {'bn': 'eval'}""",  # noqa: E501
     )
     compile_(Model(), cm.ModePass(training=True))(IMAGE)  # in train, the counter is there
 
