@@ -9,12 +9,16 @@ from torch import fx, nn
 from compile_modes.bodies import OWNED, Body, attribute, bodies
 from compile_modes.gates import GATES
 from compile_modes.regions import Region
+from compile_modes.sizes import compute_at
 
 _REPLACED = "compile_modes_replaced"
 
 
 def fold(region: Region, body: Body) -> fx.Node:
     """Makes a region the body of one call with the literal mode True, in place; returns the call."""
+    for size in region.sizes:
+        if moved := compute_at(body, size, region.nodes[0]):
+            size.meta[_REPLACED] = moved
     inner, holders = fx.Graph(), {}
     inside: dict[fx.Node, fx.Node] = {}
     operands = [_present(operand) for operand in region.operands]

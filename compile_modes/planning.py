@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import fx, nn
 
+from compile_modes import _compat
 from compile_modes.bodies import bodies, is_batch_norm, module_path
 from compile_modes.errors import BindError, OptionError
 from compile_modes.listing import overriding, reused
-from compile_modes.regions import regions
+from compile_modes.regions import regions, samplers
 from compile_modes.rewrite import check_probabilities, no_match, owner_matches
 from compile_modes.sites import KEPT, Site, note, sites
 
@@ -28,7 +29,7 @@ class Plan:
         odd: sites at odds with their owner, which keep their literal.
         kept: sites that the caller wants to keep theirs.
         overriding: classes of the model that override ``train()``, which a bound module does not call.
-        unclear: random masks that may or may not depend on mode.
+        unclear: random numbers that may or may not depend on mode.
         counting: sites that keep their literal, but whose counter follows their owner.
         supplied: probabilities that the export has lost and the caller knows.
     """
@@ -50,8 +51,8 @@ class Plan:
 def plan_binding(root: nn.Module, keep: Sequence[str], dropout_p: Mapping[str, float] | None = None) -> Plan:
     keep = (keep,) if isinstance(keep, str) else keep
     found = sites(root)
-    masks = _unclear(root)
-    kept = _kept(found, keep, {module_path(mask) for mask in masks})
+    drawn = _unclear(root)
+    kept = _kept(found, keep, {module_path(node) for node in drawn})
     was_inverted = {site for site in found if note(site.node).get("inverted") and not site.bound}
     modes, chosen, odd = _choose([site for site in found if site not in kept])
     supplied = _supplied(found, dropout_p)
@@ -59,7 +60,7 @@ def plan_binding(root: nn.Module, keep: Sequence[str], dropout_p: Mapping[str, f
     bindable = [s for s in chosen if s in supplied or not s.refusal(not s.training)]
     _check_names(root, {site.owner for site in bindable})
     first = bool(modes) and not any(site.bound for site in found)
-    unclear = [m for m in masks if any(modes.values()) and not _matches_any(module_path(m), keep)]
+    unclear = [n for n in drawn if any(modes.values()) and not _matches_any(module_path(n), keep)]
     return Plan(
         first,
         any(modes.values()),
@@ -93,8 +94,16 @@ def _matches_any(owner: str, patterns: Sequence[str]) -> bool:
 
 
 def _unclear(root: nn.Module) -> list[fx.Node]:
-    """Masks among other computations of their module: an eval export may lack them, or not."""
-    return [r.node for body in bodies(root) if not body.gated for r in regions(body) if not r.covers]
+    """Random numbers that are not all that their module is for: an eval export may lack them, or not."""
+    found: list[fx.Node] = []
+    clear: set[fx.Node] = set()
+    for body in bodies(root):  # callers first
+        if body.caller in clear:
+            clear.update(body.graph.nodes)
+        elif not body.gated:
+            clear.update(node for region in regions(body) if region.covers for node in region.nodes)
+            found += [n for n in samplers(body) if n not in clear and n.target not in _compat.UNCONDITIONAL_HOPS]
+    return found
 
 
 def _supplied(found: list[Site], dropout_p: Any) -> dict[Site, float]:
@@ -184,8 +193,8 @@ def _unsaid(plan: Plan) -> str:
         return ""
     owners = sorted({repr(module_path(node)) for node in plan.unclear})
     return (
-        f"random masks of {', '.join(owners[:5])} stay in both modes: one export can't tell whether they depend on "
-        "mode.\n  what to do: compile_modes.export(model, args), which can; or keep=[owner] if they don't"
+        f"random numbers of {', '.join(owners[:5])} are drawn in both modes: one export can't tell whether they "
+        "depend on mode.\n  what to do: compile_modes.export(model, args), which can; or keep=[owner] if they don't"
     )
 
 

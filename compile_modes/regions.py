@@ -7,15 +7,16 @@ Folded (``folding.py``), they are the body of one call with a flag (``gates.py``
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from compile_modes import _compat, gates
+from compile_modes import _compat, gates, sizes
 from compile_modes.bodies import Body, attribute, module_path, state_path
 from compile_modes.ops import is_sampler, lookup
+from compile_modes.sizes import value
 
 aten = torch.ops.aten
 # What a random mask is applied with; random numbers that meet the model's values in any other op are no mask.
@@ -46,7 +47,6 @@ _ITERATION = _VIEWS | {
     aten.mv.default, aten.linalg_vector_norm.default, aten.clamp_min_.default, aten.clamp_min.default,
     aten.expand_as.default, aten.div.Tensor, aten.div.out, aten.copy_.default,
 }  # fmt: skip
-_SCALARS = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float)
 _INNER_PRODUCTS = frozenset({aten.dot.default, aten.vdot.default})
 
 
@@ -59,6 +59,7 @@ class Region:
         nodes: in graph order; the folded call takes the place of the first.
         results: pairs of a node whose value is used outside, and the operand that is used instead in eval.
         operands: what the nodes take from outside, the operands of ``results`` first.
+        sizes: nodes in the midst of ``nodes`` that compute sizes, for ``operands`` or others, to be had before them.
         covers: whether the module in whose ``forward`` the nodes stand consists of nothing else, so that their mode can
             only be that module's. Otherwise, nothing but an eval export that lacks them tells that they have a mode.
     """
@@ -68,6 +69,7 @@ class Region:
     results: tuple[tuple[fx.Node, fx.Node], ...]
     operands: tuple[fx.Node, ...]
     covers: bool
+    sizes: tuple[fx.Node, ...] = ()
 
     @property
     def node(self) -> fx.Node:
@@ -123,18 +125,14 @@ def _inputs(body: Body, node: fx.Node) -> list[fx.Node]:
     inputs = []
     for n in node.all_input_nodes:
         held = attribute(body.module, str(n.target)) if n.op == "get_attr" else None
-        if not isinstance(_value(n), _SCALARS) and (n.op != "get_attr" or isinstance(held, torch.Tensor)):
+        if not sizes.is_scalar(n) and (n.op != "get_attr" or isinstance(held, torch.Tensor)):
             inputs.append(n)
     return inputs
 
 
-def _value(node: fx.Node) -> Any:
-    return node.meta.get("val", node.meta.get("example_value"))
-
-
 def _metadata(node: fx.Node) -> Any:
-    value = _value(node)
-    return (value.shape, value.dtype, value.device) if isinstance(value, torch.Tensor) else None
+    x = value(node)
+    return (x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else None
 
 
 def _behind_views(node: Any) -> Any:
@@ -157,6 +155,8 @@ def _mask(body: Body, sampler: fx.Node, order: dict[fx.Node, int]) -> Region | N
     queue = {order[user]: user for node in drawn for user in node.users if user not in drawn}
     while queue:
         node = queue.pop(min(queue))
+        if sizes.is_size_of_region(body, node):
+            continue
         inputs = _inputs(body, node)
         outer = [n for n in inputs if n not in drawn and n not in applied]
         if node.op == "call_function" and all(n in drawn for n in inputs):
@@ -185,8 +185,8 @@ def _constant(body: Body, node: fx.Node, drawn: set[fx.Node]) -> bool:
 
 def _before_scaling(x: fx.Node, sampler: fx.Node, drawn: set[fx.Node]) -> tuple[fx.Node, set[fx.Node]]:
     """Goes back over an ``x / keep_prob`` that belongs to a mask of that probability."""
-    literals = {arg for node in drawn for arg in node.args if isinstance(arg, float)}
-    if x.target in _SCALING and x.args[1] in literals and len(x.users) == 1 and module_path(x) == module_path(sampler):
+    floats = {a for n in drawn for a in n.args if isinstance(value(a) if isinstance(a, fx.Node) else a, sizes.FLOATS)}
+    if x.target in _SCALING and x.args[1] in floats and len(x.users) == 1 and module_path(x) == module_path(sampler):
         return x.all_input_nodes[0], {x}
     return x, set()
 
@@ -194,16 +194,18 @@ def _before_scaling(x: fx.Node, sampler: fx.Node, drawn: set[fx.Node]) -> tuple[
 def _region(body: Body, nodes: set[fx.Node], end: fx.Node, x: fx.Node, order: dict[fx.Node, int]) -> Region | None:
     """A mask that may be run in one piece, where its first node stands; None if that would change anything."""
     ordered = sorted(nodes, key=order.__getitem__)
-    if any(user not in nodes for node in nodes - {end} for user in node.users):
+    leaving = [user for node in ordered if node is not end for user in node.users if user not in nodes]
+    if not all(sizes.is_size_of_region(body, node) for node in leaving):
         return None
     outer = [n for node in ordered for n in node.all_input_nodes if n not in nodes and not _held(body, n)]
     operands = tuple(dict.fromkeys([x, *outer]))
-    if any(order[n] > order[ordered[0]] for n in operands):
+    late = sizes.late(body, [*operands, *leaving], order[ordered[0]], order)
+    if late is None:
         return None
     between = list(order)[order[ordered[0]] : order[ordered[-1]]]
     if any(n not in nodes and (_samples(body, n) or lookup(n.target)) for n in between):
         return None  # would draw its random numbers before or after the region instead of in its midst
-    return Region(gates.noise, tuple(ordered), ((end, x),), operands, covers=False)
+    return Region(gates.noise, tuple(ordered), ((end, x),), operands, covers=False, sizes=late)
 
 
 def _held(body: Body, node: fx.Node) -> bool:
@@ -216,14 +218,13 @@ def _owned(body: Body, masks: list[Region]) -> Iterator[Region]:
     mixed_in = {
         module_path(node)
         for node in body.graph.nodes
-        if node.op == "call_function" and node not in inside and isinstance(_value(node), torch.Tensor)
+        if node.op == "call_function" and node not in inside and isinstance(value(node), torch.Tensor)
     }
     for mask in masks:
         # Added noise is more often there in both modes than not.
         masks_x = not any(node.target in _ADDING for node in mask.nodes if mask.results[0][1] in node.all_input_nodes)
         alone = bool(mask.node.meta.get("nn_module_stack")) and module_path(mask.node) not in mixed_in
-        covers = alone and masks_x
-        yield Region(mask.gate, mask.nodes, mask.results, mask.operands, covers)
+        yield replace(mask, covers=alone and masks_x)
 
 
 def _power_iteration(body: Body, call: fx.Node) -> Region | None:

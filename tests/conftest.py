@@ -9,9 +9,12 @@ from compile_modes import _compat, staging
 
 
 @pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
+def _fresh(request: pytest.FixtureRequest) -> Iterator[None]:
     """Each test starts with no compiled code, no counts, no memory of warnings, and Inductor drawing as eager does."""
     torch._dynamo.reset()
+    for value in vars(request.module).values():
+        if isinstance(value, torch.Tensor):
+            vars(value).clear()  # Dynamo notes on inputs of dynamic=True that their sizes vary, and reset() leaves it
     counters.clear()
     staging.WARNED.clear()
     torch.manual_seed(0)

@@ -10,8 +10,8 @@ PACKAGE = Path(compile_modes.__file__).parent
 ORDER = [
     "_compat", "_compat.cache", "_compat.archives", "_compat.frames", "_compat.kept", "_compat.tracing",
     "_compat.passes", "_compat.verifiers", "errors", "console", "snapshot", "dual", "container", "storages",
-    "loader", "archive", "counters", "gates", "cumulative", "ops", "calls", "bodies", "source", "regions",
-    "folding", "flags", "sites", "listing", "rewrite", "literals", "recompose", "remarks", "planning",
+    "loader", "archive", "counters", "gates", "cumulative", "ops", "calls", "bodies", "source", "sizes",
+    "regions", "folding", "flags", "sites", "listing", "rewrite", "literals", "recompose", "remarks", "planning",
     "binding", "baking", "pairing", "exporting", "vectors", "saving", "retrace", "capture", "sharing",
     "lifting", "spelling", "programs", "opening", "printing", "owners", "forced", "logs", "forms",
     "forms.recurrent", "forms.saved", "staging", "passes", "backend", "exported", "warmup", "demo", "__init__",

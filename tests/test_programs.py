@@ -445,7 +445,7 @@ stuck: BindError: 1 sites keep their exported mode and will not follow train() a
   what to do: export in train mode, which keeps what they need
 override: OverrideError: overrides name sites that can't be put into that mode:
   scaled_dot_product_attention (aten.scaled_dot_product_attention.default, owner '', eval): dropout_p is 0 ...
-unclear: BindError: random masks of '' stay in both modes: one export can't tell whether they depend on mode.
+unclear: BindError: random numbers of '' are drawn in both modes: one export can't tell whether they depend on mode.
   what to do: compile_modes.export(model, args), which can; or keep=[owner] if they don't
 no-match: OverrideError: the pattern 'block1.bm' matches no mode-dependent site
   where: overrides['block1.bm']

@@ -510,7 +510,7 @@ def test_draws_outside_of_dropout_modules_are_named():
         def forward(self, x):
             return F.dropout(F.dropout2d(x, 0.4, self.training), 0.2, self.training)
 
-    with pytest.warns(cm.ModeWarning, match="random masks of '' stay in both modes"):
+    with pytest.warns(cm.ModeWarning, match="random numbers of '' are drawn in both modes"):
         bound = cm.bind(decomposed(Draws(), True, IMAGE))
     assert [site.op.family for site in cm.sites(bound)] == ["dropout"]
 
@@ -522,7 +522,7 @@ class Mine(nn.Dropout2d):
 
 def test_a_dropout_module_of_the_users_own_is_named():
     stays = pytest.warns(cm.ModeWarning, match="0: its dropout is decomposed, and stays")
-    with pytest.warns(cm.ModeWarning, match="random masks of '0' stay in both modes"), stays:
+    with pytest.warns(cm.ModeWarning, match="random numbers of '0' are drawn in both modes"), stays:
         cm.bind(decomposed(nn.Sequential(Mine(0.3), nn.BatchNorm2d(3)), True, IMAGE))
 
 

@@ -45,6 +45,11 @@ MODELS = [
     pytest.param(parametrized, X, "spectral_norm", id="spectral-norm-parametrization"),
 ]
 
+DYNAMIC = [
+    *(pytest.param(*model.values[:2], id=model.id) for model in MODELS[:3]),
+    pytest.param(lambda: Residual(DropBlock(), DropBlock(), DropPath(0.2, "floor")), IMAGE, id="three-masks"),
+]
+
 
 def both(build, x, start=True):
     reference, model = build(), build()
@@ -100,7 +105,6 @@ def test_compiled(build, x, family):
 
 
 @pytest.mark.usefixtures("no_inductor")
-@pytest.mark.xfail(reason="drop-block fails late in long runs, for a reason not found yet", strict=False)
 @pytest.mark.parametrize(("build", "x"), [m.values[:2] for m in MODELS[:3]], ids=[m.id for m in MODELS[:3]])
 def test_the_backend_forces_masks_of_eager_models_off(build, x):
     model = build()
@@ -108,6 +112,32 @@ def test_the_backend_forces_masks_of_eager_models_off(build, x):
     expected = build().eval()
     expected.load_state_dict(model.state_dict())
     torch.testing.assert_close(compiled(x), expected(x))
+
+
+@pytest.mark.usefixtures("no_inductor")
+@pytest.mark.parametrize(("build", "x"), DYNAMIC)
+def test_sizes_that_a_mask_is_computed_with_may_be_dynamic(build, x):
+    reference, model = build(), build()
+    model.load_state_dict(reference.state_dict())
+    compiled = torch.compile(model.train(), backend="pt2e_modes", options={"training": False}, dynamic=True)
+    reference.eval()
+    for size in (5, 3):
+        torch.testing.assert_close(compiled(x[:size].clone()), reference(x[:size]))
+
+
+@pytest.mark.parametrize(("build", "x"), DYNAMIC)
+def test_dynamic_exports_switch(build, x):
+    reference, model = build(), build()
+    model.load_state_dict(reference.state_dict())
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
+    bound = cm.bind(program)
+    assert all(site.bound for site in cm.sites(bound))
+    for size in (5, 3):
+        agrees(reference, bound, inputs=[x[:size]], flips=1, tolerance=0.0)
+    graph = program.module()
+    assert not cm.set_mode(graph, False).refused
+    reference.eval()
+    same_outputs(reference, graph, x[:5])
 
 
 def test_no_random_numbers_are_drawn_in_eval():
@@ -168,10 +198,29 @@ def test_random_numbers_of_both_modes_stay(start):
 
 def test_a_mask_that_may_have_no_mode_is_named():
     program = torch.export.export(MixedMask(), (X,))
-    with pytest.warns(cm.ModeWarning, match=r"random masks of '' stay in both modes.*\n.*compile_modes.export"):
+    with pytest.warns(cm.ModeWarning, match=r"random numbers of '' are drawn in both modes.*\n.*compile_modes.export"):
         bound = cm.bind(program)
     assert "in both modes: aten.bernoulli_.float draws random numbers (owner '')" in cm.explain(bound)
     cm.bind(program, keep=[""])  # says that it knows, and is not warned
+
+
+class PatchDropout(nn.Module):
+    """Random numbers that are no mask: in train, half of the patches are left out (timm's patch_dropout)."""
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        kept = torch.randn(x.shape[:2]).argsort(-1)[:, : x.shape[1] // 2]
+        return x.gather(1, kept[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+def test_random_numbers_that_are_no_mask_are_named():
+    model = nn.Sequential(nn.Linear(4, 4), PatchDropout(), nn.Dropout(0.1))
+    program = torch.export.export(model, (IMAGE[0, :, :, :4],))
+    with pytest.warns(cm.ModeWarning, match=r"random numbers of '1' are drawn in both modes.*\n.*compile_modes.export"):
+        bound = cm.bind(program)
+    assert "in both modes: aten.randn.default draws random numbers (owner '1')" in cm.explain(bound)
+    cm.bind(torch.export.export(model.eval(), (IMAGE[0, :, :, :4],)))
 
 
 class AlwaysNoise(nn.Module):
