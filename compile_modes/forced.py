@@ -113,7 +113,7 @@ def check_recurrent(names: Names, training: bool | None, overrides: Mapping[str,
     """Raises OverrideError for recurrent modules that Dynamo leaves to eager mode, where only their flag counts."""
     if frames.traces_rnns():
         return
-    for name, module in names.modules.items():
+    for name, module in {**names.everything, **names.modules}.items():
         drops = isinstance(module, nn.RNNBase) and module.dropout and module.num_layers > 1
         if drops and wanted(name, training, overrides) not in (None, module.training):
             raise OverrideError(

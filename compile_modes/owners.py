@@ -31,7 +31,7 @@ class Names:
         modules: every module below those variables, by its full name: the first, if it has several.
         aliases: all names that lead to one of them, and its full name.
         by_id: the full name of each module, by the id by which Dynamo writes it into ``nn_module_stack``.
-        everything: the full names of all modules that there are; empty if the compiled module isn't known.
+        everything: all modules that there are, by their full names; empty if the compiled module isn't known.
         read: the full names of modules whose ``training`` Python has read.
         unclear: exported modules that could not be told apart.
     """
@@ -40,7 +40,7 @@ class Names:
     modules: dict[str, nn.Module] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     by_id: dict[int, str] = field(default_factory=dict)
-    everything: set[str] = field(default_factory=set)
+    everything: dict[str, nn.Module] = field(default_factory=dict)
     read: set[str] = field(default_factory=set)
     unclear: set[str] = field(default_factory=set)
 
@@ -49,8 +49,8 @@ class Names:
         """The names of the frame that Dynamo is compiling; empty outside of Dynamo."""
         names, root = cls(), frames.compiled_root()
         if root is not None:
-            names.by_id = {id(module): name for name, module in root.named_modules()}
-            names.everything.update(names.by_id.values())
+            names.everything = dict(root.named_modules())
+            names.by_id = {id(module): name for name, module in names.everything.items()}
         for variable, module in frames.roots_read().items():
             start = names.variables[variable] = names.by_id.get(id(module), "")
             for path, submodule in module.named_modules(remove_duplicate=False):

@@ -393,6 +393,13 @@ class TestRecurrent:
             compile_(Behind(), overrides={"*.gru": "eval"})(STEPS)
         compile_(Behind(), overrides={"*.gru": "train"})(STEPS)  # as the flag says
 
+    @pytest.mark.parametrize("options", [{"training": False}, {"overrides": {"1.gru": "eval"}}])
+    def test_is_said_when_another_part_is_compiled(self, options):
+        module = nn.Sequential(Branching(), Recurrent(), nn.Dropout(0.1))
+        module[0].register_forward_pre_hook(lambda module, args: torch._dynamo.graph_break())
+        with pytest.raises(cm.OverrideError, match=r"owner '1.(gru|lstm)'"):
+            compile_(module, **options)(STEPS)
+
 
 class Branching(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
