@@ -259,10 +259,10 @@ def arguments() -> argparse.Namespace:
 
 
 def planned(args: argparse.Namespace, before: list[dict[str, Any]]) -> list[Result]:
-    """What is to be run, with the results that there are."""
-    kept = {(r["model"], r["dtype"], r["contender"]): Result(**r) for r in before if r["status"] == "ok"}
-    keys = [(m, d, c) for d in args.dtypes for m in args.models for c in args.contenders]
-    return [kept.pop(key, None) or Result(*key) for key in keys] + list(kept.values())
+    """What is to be run, or with ``--resume`` has been, and what else has been measured with the same versions."""
+    measured = {(r["model"], r["dtype"], r["contender"]): Result(**r) for r in before if r["status"] == "ok"}
+    asked = {(m, d, c): Result(m, d, c) for d in args.dtypes for m in args.models for c in args.contenders}
+    return list(({**asked, **measured} if args.resume else {**measured, **asked}).values())
 
 
 def main() -> None:
@@ -273,7 +273,7 @@ def main() -> None:
     head = {"device": name} | versions(*PACKAGES)
     head |= {"cuda": str(torch.version.cuda)} if device == "cuda" else {}
     path = Path(args.json) if args.json else RESULTS / f"{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
-    last = json.loads(path.read_text()) if args.resume and path.exists() else None
+    last = json.loads(path.read_text()) if path.exists() else None
     same = last is not None and {**last["head"], "date": ""} == {**head, "date": ""}
     results = planned(args, last["results"] if last is not None and same else [])
     print(", ".join(f"{key} {value}" for key, value in head.items()), flush=True)

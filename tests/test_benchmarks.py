@@ -90,6 +90,21 @@ def test_the_table_says_what_was_measured_and_what_was_not(gpu):
     assert gpu.notes(results) == ["resnet50, bfloat16, stock: failed: RuntimeError: no"]
 
 
+def test_a_partial_run_keeps_what_else_was_measured(gpu):
+    before = [
+        result(gpu, "ours", status="ok"),
+        result(gpu, "stock", status="ok"),
+        result(gpu, "eager", status="failed"),
+    ]
+    for resume, again in ((True, []), (False, ["ours"])):
+        args = gpu.argparse.Namespace(
+            models=["resnet50"], dtypes=["bfloat16"], contenders=["ours", "bound"], resume=resume
+        )
+        statuses = {r.contender: r.status for r in gpu.planned(args, before)}
+        assert statuses.pop("stock") == "ok"
+        assert [name for name, status in statuses.items() if status == "not run"] == [*again, "bound"]
+
+
 def test_the_readme_quotes_the_newest_run(gpu):
     text = (ROOT / "README.md").read_text()
     quoted = text.partition("<!-- benchmarks/gpu.py -->\n")[2].partition("\n<!-- end -->")[0]
