@@ -36,12 +36,13 @@ def late(body: Body, operands: Iterable[fx.Node], start: int, order: dict[fx.Nod
     while queue:
         node = queue.pop()
         if is_size_of_region(body, node):
-            queue += [n for n in body.children[node.all_input_nodes[0]].operands.values() if order.get(n, 0) > start]
+            inputs = node.all_input_nodes[0].all_input_nodes
         elif _is_size(node):
-            queue += [n for n in node.all_input_nodes if order[n] > start]
+            inputs = node.all_input_nodes
         else:
             return None
         found.add(node)
+        queue += [n for n in inputs if order[n] > start and n.op != "get_attr"]
     return tuple(sorted(found, key=order.__getitem__))
 
 
@@ -62,12 +63,15 @@ def is_size_of_region(body: Body, node: fx.Node) -> bool:
     child = body.children.get(caller)
     if child is None:
         return False
-    queue, numbers = [_returned(child, node)], True
-    while queue and numbers:
+    queue = [_returned(child, node)]
+    while queue:
         result = queue.pop()
-        numbers = isinstance(result, fx.Node) and is_scalar(result) and (result.op == "placeholder" or _is_size(result))
-        queue += result.all_input_nodes if numbers else []
-    return numbers
+        if not isinstance(result, fx.Node) or not is_scalar(result) or result.target is aten.item.default:
+            return False
+        if result.op != "placeholder" and not _is_size(result):
+            return False
+        queue += result.all_input_nodes
+    return True
 
 
 def compute_at(body: Body, node: fx.Node, position: fx.Node) -> fx.Node | None:
