@@ -471,6 +471,7 @@ def test_unusable_probabilities(dropout_p, error, says):
         cm.bind(export(Attention(), torch.randn(2, 5, 8)), dropout_p={"": 0.1})
 
 
+@pytest.mark.skipif(torch.__version__ < "2.14", reason="torch.export tells the result from the input there")
 def test_explain_names_eval_dropouts_whose_input_may_be_used_again():
     class Reuse(nn.Module):
         def forward(self, x):
