@@ -19,6 +19,7 @@ from compile_modes.capture import capture
 from compile_modes.errors import CaptureError, ModeWarning, OptionError
 from compile_modes.forms.saved import keyed
 from compile_modes.owners import Names, name_owners
+from compile_modes.reach import watch, watch_for
 from compile_modes.rewrite import check_overrides, check_probabilities
 from compile_modes.sharing import separate
 from compile_modes.sites import BOUND, Site, sites
@@ -111,6 +112,7 @@ def pt2e_modes(
         ModeWarning: the graph, or a part of it that has modes, can't be retraced, and goes to Inductor as it came; or
             it holds an exported module that is not bound; or Dynamo will not compile the next new combination of modes.
     """
+    frames.at_compilations(_at_compilation)  # once more, for torch._dynamo.reset() forgets it
     parsed = Options.parse(mode, options)
     compile_fx = keyed(_compat.inductor(mode, dict(parsed.inductor)))
     frames.name_graph_module()
@@ -134,6 +136,7 @@ def pt2e_modes(
         logs.modes(found, None)
         _warn_kept(found)
         return _compile_either(compile_fx, in_form(captured, found), gm, example_inputs)
+    watch(parsed.training, parsed.overrides, (site.owner for site in found))
     outside: dict[Site, nn.Module] = {}  # batch norms whose counter the graph can't reach
     changed = put_into_modes(
         captured,
@@ -152,6 +155,11 @@ def pt2e_modes(
     return _advancing(compiled, advanced) if advanced else compiled
 
 
+def _at_compilation(_: Any) -> None:
+    watch_for(pt2e_modes)
+
+
+frames.at_compilations(_at_compilation)
 pt2e_modes.reset = _compat.reset_inductor  # type: ignore[attr-defined]  # torch.compiler.reset() calls it
 
 

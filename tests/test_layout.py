@@ -14,7 +14,8 @@ ORDER = [
     "regions", "folding", "flags", "sites", "listing", "rewrite", "literals", "recompose", "remarks", "planning",
     "binding", "baking", "pairing", "exporting", "vectors", "saving", "retrace", "capture", "sharing",
     "lifting", "spelling", "programs", "opening", "printing", "owners", "forced", "logs", "forms",
-    "forms.recurrent", "forms.saved", "staging", "passes", "backend", "exported", "warmup", "demo", "__init__",
+    "forms.recurrent", "forms.saved", "staging", "passes", "reach",
+    "backend", "exported", "warmup", "demo", "__init__",
     "commands", "__main__",
 ]  # fmt: skip
 

@@ -401,6 +401,75 @@ class TestRecurrent:
             compile_(module, **options)(STEPS)
 
 
+class Breaks(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return x
+
+
+class Broken(nn.Module):
+    """A graph break within a loop, for which Dynamo leaves the loop to eager mode, behind something that it compiles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(4)
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), Breaks(), nn.Dropout(0.4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(self.bn(x))
+
+
+class TestEagerParts:
+    """What options ask of modules that Dynamo leaves to eager mode is said once a call has shown it."""
+
+    WARNING = r"'body.{}' \(\w+\) were in no graph that Dynamo compiled"
+
+    @pytest.mark.parametrize("in_place", [False, True])
+    @pytest.mark.parametrize(
+        ("options", "flags", "left"),
+        [
+            ({"overrides": {"*bn": "eval", "*.1": "eval"}}, True, "1"),
+            ({"overrides": {"*bn": "eval", "body.3": "train"}}, False, "3"),
+            ({"training": False}, True, "1' .*, 'body.3"),
+        ],
+    )
+    def test_behind_what_is_compiled(self, options, flags, left, in_place):
+        module = Broken().train(flags)
+        if in_place:
+            module.compile(backend="pt2e_modes", options=options)
+        call = module if in_place else compile_(module, **options)
+        call(VECTOR)
+        with pytest.warns(cm.ModeWarning, match=self.WARNING.format(left)):
+            call(VECTOR)
+        call(VECTOR)
+
+    def test_where_nothing_is_compiled(self):
+        compile_(nn.Linear(4, 4), training=False)(VECTOR)  # after the reset before each test, the package is asleep
+        call = compile_(Broken().body.train(), overrides={"3": "eval"})
+        call(VECTOR)
+        with pytest.warns(cm.ModeWarning, match=r"'3' \(Dropout\) were in no graph"):
+            call(VECTOR)
+        call = compile_(Broken().body.train(), overrides={"4": "eval"})
+        call(VECTOR)
+        with pytest.raises(cm.OverrideError, match="'4' matches no part of the module"):
+            call(VECTOR)
+
+    def test_is_said_when_the_flags_differ(self):
+        module = Broken().eval()
+        call = compile_(module, overrides={"bn": "eval", "*.1": "eval"})
+        for _ in range(3):
+            call(VECTOR)
+        module.train()
+        with pytest.warns(cm.ModeWarning, match=self.WARNING.format("1")):
+            call(VECTOR)
+
+    def test_is_not_said_of_what_is_compiled(self):
+        call = compile_(ConvNet(), overrides={"*bn": "eval"})
+        for _ in range(3):
+            call(IMAGE)
+        assert not call._forward_hooks
+
+
 class Branching(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * 2 if self.training else x

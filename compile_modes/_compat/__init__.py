@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 
 # Base of BatchNorm1d to 3d, SyncBatchNorm and the lazy ones: the modules whose forward advances num_batches_tracked.
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
+NORMS = nn.modules.batchnorm._NormBase  # base of those, and of InstanceNorm1d to 3d
 # F.batch_norm's check in train: raises ValueError for a batch with one value per channel, which has no variance.
 check_batch_size: Callable[[Sequence[int]], None] = nn.functional._verify_batch_size  # type: ignore[attr-defined]
 DROPOUT = nn.modules.dropout._DropoutNd  # base of Dropout, Dropout1d to 3d, AlphaDropout and FeatureAlphaDropout

@@ -1,13 +1,15 @@
 """Dynamo's side of a compilation in progress: the frame, its guards, where graph inputs come from."""
 
+import functools
 import sys
 import types
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo.callback import callback_handler
 from torch._dynamo.code_context import code_context
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.guards import GuardBuilder, install_guard
@@ -16,6 +18,8 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.utils import counters
 from torch._guards import Source
 from torch.utils import _pytree as pytree
+
+_waiting: "weakref.WeakKeyDictionary[nn.Module, set[Any]]" = weakref.WeakKeyDictionary()  # checks to be run after calls
 
 
 def source_name(placeholder: fx.Node) -> str:
@@ -197,12 +201,70 @@ def compiled_root() -> nn.Module | None:
 
     Dynamo compiles a submodule by itself where it can't compile its parent, and names of the submodule begin there.
     """
+    called = _compiled_call()
+    return called._orig_mod if isinstance(called, torch._dynamo.OptimizedModule) else called
+
+
+def _compiled_call() -> nn.Module | None:
+    """What is being called: the module that ``torch.compile`` returned, or one that was compiled in place."""
     frame: types.FrameType | None = sys._getframe()
     while frame is not None:
         module = frame.f_locals.get("self")
         if isinstance(module, torch._dynamo.OptimizedModule):
-            return module._orig_mod
+            return module
         if isinstance(module, nn.Module) and module._compiled_call_impl is not None:
-            return module  # compiled in place
+            return module
         frame = frame.f_back
     return None
+
+
+def at_compilations(callback: Callable[[Any], None]) -> None:
+    """Has Dynamo call a function at the start of each compilation, until ``torch._dynamo.reset()``."""
+    if callback not in callback_handler.start_callbacks:
+        callback_handler.register_start_callback(callback)
+
+
+def options_for(backend: Callable[..., Any]) -> dict[str, Any] | None:
+    """The options of the running call of what ``torch.compile(module, backend=...)`` returned; None for others."""
+    called = _compiled_call()
+    if not isinstance(called, torch._dynamo.OptimizedModule):
+        return None  # compiled in place: Dynamo keeps the backend out of sight
+    compiler: Any = called.dynamo_ctx.callback
+    while hasattr(compiler, "_torchdynamo_orig_backend"):
+        compiler = compiler._torchdynamo_orig_backend
+    return compiler.kwargs.get("options") if getattr(compiler, "compiler_fn", None) is backend else None
+
+
+def after_calls(key: Any, check: Callable[[nn.Module], bool]) -> None:
+    """Has ``check(module)`` run after each later call of the compiled module that is being called, until it says False.
+
+    Args:
+        key: only one check of the same key is ever waiting.
+        check: takes the module as its user knows it.
+    """
+    called = _compiled_call()
+    if called is None or key in _waiting.setdefault(called, set()):
+        return
+    waiting = _waiting[called]
+    waiting.add(key)
+
+    def over() -> bool:
+        module = called._orig_mod if isinstance(called, torch._dynamo.OptimizedModule) else called
+        if torch.compiler.is_compiling() or check(module):
+            return False
+        waiting.discard(key)
+        return True
+
+    if isinstance(called, torch._dynamo.OptimizedModule):
+        hooks: list[Any] = [called.register_forward_hook(lambda *_: hooks.pop().remove() if over() else None)]
+        return
+    original: Any = called._compiled_call_impl
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        if over() and called._compiled_call_impl is call:
+            called._compiled_call_impl = original
+        return result
+
+    called._compiled_call_impl = call

@@ -1,0 +1,78 @@
+"""What options ask of modules that Dynamo leaves to eager mode, of which the backend never hears.
+
+After a graph break within a loop, say, or around an RNN, Dynamo leaves a whole function to eager mode, and compiles none
+of torch's own modules that are called from there. Once calls of the compiled module are over, it is known who was met.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from compile_modes import _compat
+from compile_modes._compat import frames
+from compile_modes.errors import OptionError
+from compile_modes.forced import wanted
+from compile_modes.rewrite import check_overrides, no_match, owner_matches
+from compile_modes.staging import warn_once
+
+# The owners of the sites that were compiled, by options and structure: Dynamo shares compiled code between instances.
+_met: dict[tuple[Any, ...], set[str]] = {}
+
+
+def watch(training: bool | None, overrides: Mapping[str, str], owners: Iterable[str] = ()) -> None:
+    """Has every later call of the module whose compilation is in progress warn of what options have not reached.
+
+    Args:
+        training: the option.
+        overrides: the option.
+        owners: full names of the owners of sites in the graph that is being compiled.
+    """
+    root = frames.compiled_root()
+    if root is None:
+        return
+    options = training, tuple(overrides.items())
+    met = _met.setdefault((options, tuple((n, type(m)) for n, m in root.named_modules())), set())
+    met.update(owners)
+    frames.after_calls(options, lambda module: _may_be_left(module, training, overrides, met))
+
+
+def watch_for(backend: Any) -> None:
+    """As :func:`watch`, if it is ``backend`` that the module is compiled by; Dynamo may find no graph to give it."""
+    options = frames.options_for(backend) or {}
+    training = options.get("training")
+    try:
+        overrides = check_overrides(training, options.get("overrides"))
+    except OptionError:
+        return  # the backend raises it, to which Dynamo gives a better frame
+    if training is not None or overrides:
+        watch(training, overrides)
+
+
+def _may_be_left(root: nn.Module, training: bool | None, overrides: Mapping[str, str], met: set[str]) -> bool:
+    """Warns of modules that are asked to be in another mode and were not met; returns whether there may be any later."""
+    named = dict(root.named_modules())
+    asked = {name: wanted(name, training, overrides) for name in named}
+    left = [n for n, module in named.items() if n not in met and asked[n] is not None and _has_a_mode(module)]
+    lost = [f"{n!r} ({type(named[n]).__name__})" for n in left if asked[n] is not named[n].training]
+    if lost:
+        warn_once(
+            f"{', '.join(lost[:5])} were in no graph that Dynamo compiled: if they ran, then in eager mode, "
+            "where options can't reach and flags count.\n  what to do: remove the graph break around them, which "
+            "TORCH_LOGS=graph_breaks shows; or set their flags, by train() or eval()"
+        )
+    unknown = [p for p in overrides if not any(owner_matches(name, p) for name in named)]
+    if unknown:
+        raise no_match(unknown[0], sorted(named), "overrides", "part of the module, let alone a")
+    return bool(left) and not lost
+
+
+def _has_a_mode(module: nn.Module) -> bool:
+    """Whether a module is one of torch's that compute something else in train."""
+    if isinstance(module, _compat.DROPOUT):
+        return bool(module.p > 0)
+    if isinstance(module, nn.RNNBase):
+        return bool(module.dropout > 0 and module.num_layers > 1)
+    if isinstance(module, nn.MultiheadAttention):
+        return bool(module.dropout > 0)
+    return isinstance(module, nn.RReLU) or (isinstance(module, _compat.NORMS) and module.track_running_stats)
