@@ -136,7 +136,8 @@ def pt2e_modes(
         logs.modes(found, None)
         _warn_kept(found)
         return _compile_either(compile_fx, in_form(captured, found), gm, example_inputs)
-    watch(parsed.training, parsed.overrides, (site.owner for site in found))
+    whole = frames.is_whole_frame(gm)
+    watch(parsed.training, parsed.overrides, (site.owner for site in found), whole=whole)
     outside: dict[Site, nn.Module] = {}  # batch norms whose counter the graph can't reach
     changed = put_into_modes(
         captured,
@@ -145,7 +146,7 @@ def pt2e_modes(
         parsed.training,
         parsed.overrides,
         parsed.dropout_p,
-        whole=frames.is_whole_frame(gm),
+        whole=whole,
         refusal=lambda site, training: _refusal(site, training, outside),
     )
     captured = in_form(captured, found)

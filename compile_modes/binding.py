@@ -166,6 +166,8 @@ def _bind_sites(root: nn.Module, plan: planning.Plan) -> set[nn.Module]:
                 flag = site.node.graph.call_function(operator.not_, (flag,))
         if site.op.flag is not None:
             set_argument(site, site.op.flag, flag)
+            if site in plan.supplied:
+                set_argument(site, str(site.op.p), plan.supplied[site])
         elif site.op.p is None:
             insert_dropout(site, plan.supplied[site], flag)
         else:

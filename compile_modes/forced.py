@@ -21,12 +21,12 @@ def wanted(owner: str, training: bool | None, overrides: Mapping[str, str]) -> b
 
 
 def supply_dropout(found: Iterable[Site], dropout_p: Mapping[str, float], names: Names) -> None:
-    """Notes the probability of each attention whose dropout an eval trace has lost, where it is known.
+    """Notes the probability of each dropout, in attention mostly, that an eval trace has lost, where it is known.
 
     It is what ``dropout_p`` says, ``{owner glob: probability}``, or what torch's own attention module keeps.
     """
     for site in found:
-        if site.op.family != "attention" or site.training is not False or site.p:
+        if site.training is not False or not site.lacks_p:
             continue
         module = names.modules.get(site.owner)
         named = [p for pattern, p in dropout_p.items() if owner_matches(site.owner, pattern)]
@@ -43,16 +43,23 @@ def _exported(module: nn.Module) -> bool:
     return isinstance(module, fx.GraphModule)
 
 
-def check_patterns(overrides: Mapping[str, str], found: Sequence[Site], names: Names) -> None:
+def check_patterns(overrides: Mapping[str, str], found: Sequence[Site], names: Names) -> dict[str, str]:
     """Raises OverrideError for patterns that no site can answer, with the reason where that is known.
 
     A pattern that simply matches nothing is left to :func:`compile_modes.rewrite.assign`.
+
+    Returns:
+        The overrides without those that only name modules of which Python has read that mode already.
     """
     owners = {site.owner for site in found}
-    for pattern in overrides:
+    left = dict(overrides)
+    for pattern, mode in overrides.items():
         if any(owner_matches(owner, pattern) for owner in owners):
             continue
         read = sorted(name for name in names.read if owner_matches(name, pattern))
+        if read and all(names.modules[name].training is MODES[mode] for name in read if name in names.modules):
+            del left[pattern]
+            continue
         unclear = {
             n for n in names.unclear for name in names.modules if _is_below(name, n) and owner_matches(name, pattern)
         }
@@ -75,6 +82,7 @@ def check_patterns(overrides: Mapping[str, str], found: Sequence[Site], names: N
                 where=f"overrides[{pattern!r}], {', '.join(read[:3])}",
                 remedy="set the flag itself, by train() or eval() of that module",
             )
+    return left
 
 
 def check_names(overrides: Mapping[str, str], names: Names) -> None:
@@ -125,12 +133,12 @@ def check_recurrent(names: Names, training: bool | None, overrides: Mapping[str,
 
 def refused(report: Report) -> OverrideError:
     """The error for sites that can't be put into the mode that was asked for."""
-    lost = sorted({site.owner for site, _ in report.refused if site.op.family == "attention" and not site.op.inference})
+    lost = sorted({site.owner for site, _ in report.refused if site.lacks_p and not site.op.inference})
     first = report.refused[0][0]
     example = f"{{{first.owner!r}: {'train' if first.training else 'eval'!r}}}"
     remedy = f"leave them out by a pattern of their own that comes first, such as {example}"
     if lost:
-        remedy += f"; or say what attention has lost, 0.0 for none: options={{'dropout_p': {{{lost[0]!r}: 0.1}}}}"
+        remedy += f"; or say what it has lost, 0.0 for none: options={{'dropout_p': {{{lost[0]!r}: 0.1}}}}"
     lines = [f"  {site}: {why}" for site, why in report.refused]
     return OverrideError(
         f"{len(lines)} sites can't be put into the mode that was asked for:\n" + "\n".join(lines), remedy=remedy

@@ -108,13 +108,13 @@ def _unclear(root: nn.Module) -> list[fx.Node]:
 
 def _supplied(found: list[Site], dropout_p: Any) -> dict[Site, float]:
     """The sites without a probability that ``dropout_p`` gives one."""
-    attention = [site for site in found if site.op.family == "attention"]
-    owners = sorted({site.owner for site in attention})
+    candidates = [site for site in found if site.op.family == "attention" or site.lacks_p]
+    owners = sorted({site.owner for site in candidates})
     supplied: dict[Site, float] = {}
     for pattern, p in check_probabilities(dropout_p).items():
-        named = [site for site in attention if owner_matches(site.owner, pattern)]
+        named = [site for site in candidates if owner_matches(site.owner, pattern)]
         if not named:
-            raise no_match(pattern, owners, "dropout_p", "attention")
+            raise no_match(pattern, owners, "dropout_p", "attention or functional dropout")
         for site in named:
             if site.p or site.bound:
                 raise OptionError(

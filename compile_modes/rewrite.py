@@ -186,6 +186,8 @@ def write_literal(site: Site, training: bool) -> set[nn.Module]:
     """Writes a mode into a site as a literal; returns the modules whose graphs it has edited."""
     make_one_node(site)
     if site.op.flag is not None:
+        if training and site.op.p is not None and site.p != site.read(site.op.p):
+            set_argument(site, site.op.p, site.p)  # supplied by someone who knows
         set_argument(site, site.op.flag, training)
     elif training and site.op.p is None:
         insert_dropout(site, float(site.p or 0.0), True)

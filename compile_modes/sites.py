@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 from torch.export.unflatten import UnflattenedModule
 
-from compile_modes import counters
+from compile_modes import _compat, counters
 from compile_modes.bodies import (
     Body,
     attribute,
@@ -20,7 +20,7 @@ from compile_modes.bodies import (
     module_class,
     module_path,
     state_path,
-)
+)  # fmt: skip
 from compile_modes.calls import kept_call
 from compile_modes.dual import DualModule
 from compile_modes.errors import BindError
@@ -89,9 +89,15 @@ class Site:
         if self.op.p is None:
             return note(self.node).get("p") if self.op is LOST_DROPOUT else None
         value: float | None = self.read(self.op.p)
-        if self.op.flag is None:
-            value = value.args[1] if isinstance(value, fx.Node) and self.bound else value or note(self.node).get("p")
-        return value
+        if self.op.flag is None and isinstance(value, fx.Node) and self.bound:
+            return value.args[1]
+        return value or note(self.node).get("p", value if self.op.flag else None)
+
+    @property
+    def lacks_p(self) -> bool:
+        """Whether Python may have chosen a probability of 0 for eval, as it does for attention; modules keep theirs."""
+        named = issubclass(module_class(self.node) or object, _compat.DROPOUT)
+        return not self.p and (self.op.flag is None or (self.op.family == "dropout" and not named))
 
     @property
     def literals(self) -> dict[str, Any]:
@@ -114,7 +120,7 @@ class Site:
         return self._not_to_train()
 
     def _not_to_train(self) -> str:
-        if self.op.flag is None and not self.p:
+        if self.lacks_p:
             return f"{self.op.p} is 0: the op had none, or it was traced in eval mode and its p is lost"
         if self.op.counter and self.read(self.op.shown[0]) == 0:
             return "momentum 0.0 in an eval graph: a cumulative average looks the same; export under exportable(model)"
@@ -271,15 +277,15 @@ def _attach_counters(root: nn.Module, graphs: Iterable[Body], found: Iterable[Si
                 site.counter = None  # trains without counting: whatever its owner is, it does not count
             elif site.step is None:
                 site.counter_at = _reach(site.body, site.node, path)
-                if site.counter_at is None and not _may_have_counter(root, path):
+                if site.counter_at is None and not _may_have_counter(root, site, path):
                     site.counter = None
 
 
-def _may_have_counter(root: nn.Module, counter: str) -> bool:
+def _may_have_counter(root: nn.Module, site: Site, counter: str) -> bool:
     """False if the module at hand shows that its batch norm keeps no counter (functional use, own buffers)."""
-    home = counter.rpartition(".")[0]
-    holder = attribute(root, home) if home else root
-    return holder is None or attribute(root, counter) is not None
+    mean = state_path(site.body, site.read(site.op.stats[0]))
+    # Dynamo's graphs take buffers as inputs, so that the root's lack of a counter says nothing there.
+    return mean is None or attribute(root, mean) is None or attribute(root, counter) is not None
 
 
 def _reach(body: Body, node: fx.Node, path: str) -> Reach | None:

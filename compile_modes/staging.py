@@ -71,7 +71,7 @@ def put_into_modes(
     supply_dropout(found, dropout_p or {}, names)
     check_recurrent(names, training, overrides)
     if whole:
-        check_patterns(overrides, found, names)
+        overrides = check_patterns(overrides, found, names)
     else:
         check_names(overrides, names)
         overrides = {p: m for p, m in overrides.items() if any(owner_matches(o, p) for o in owners)}

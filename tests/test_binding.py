@@ -457,7 +457,7 @@ def test_attention_dropout_that_an_eval_export_has_lost_can_be_supplied(build, o
 @pytest.mark.parametrize(
     ("dropout_p", "error", "says"),
     [
-        ({"block": 0.1}, cm.OverrideError, "'block' matches no attention site"),
+        ({"block": 0.1}, cm.OverrideError, "'block' matches no attention or functional dropout site"),
         ({"": 1.5}, cm.OptionError, "1.5 is no probability"),
         ({"": "0.1"}, cm.OptionError, "'0.1' is no probability"),
         (0.1, cm.OptionError, "0.1 is no mapping"),

@@ -83,7 +83,7 @@ def test_attention_that_has_lost_its_probability():
         """\
 1 sites can't be put into the mode that was asked for:
   scaled_dot_product_attention (aten.scaled_dot_product_attention.default, owner 'attn', eval): dropout_p is 0: the op had none, or it was traced in eval mode and its p is lost
-  what to do: leave them out by a pattern of their own that comes first, such as {'attn': 'eval'}; or say what attention has lost, 0.0 for none: options={'dropout_p': {'attn': 0.1}}""",
+  what to do: leave them out by a pattern of their own that comes first, such as {'attn': 'eval'}; or say what it has lost, 0.0 for none: options={'dropout_p': {'attn': 0.1}}""",
     )
 
 

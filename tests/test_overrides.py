@@ -294,14 +294,18 @@ class TestNames:
 class Projected(nn.Module):
     """Attention as models of their own write it: the probability stands in an attribute of the module."""
 
-    def __init__(self, p: float) -> None:
+    def __init__(self, p: float, fused: bool = True) -> None:
         super().__init__()
-        self.p = p
+        self.p, self.fused = p, fused
         self.qkv = nn.Linear(8, 24)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.p if self.training else 0.0)
+        p = self.p if self.training else 0.0
+        if self.fused:
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=p)
+        else:
+            out = F.dropout((q @ k.mT).softmax(-1), p, self.training) @ v
         return out.transpose(1, 2).flatten(2)
 
 
@@ -330,9 +334,10 @@ class TestAttention:
         compiled = compile_(copy.deepcopy(reference), training=False)
         same_outputs(reference.eval(), compiled, SEQUENCE)
 
-    def test_a_probability_that_is_nowhere_is_asked_for(self):
-        module = nn.Sequential(Projected(0.3)).eval()
-        with pytest.raises(cm.OverrideError, match=r"dropout_p is 0") as caught:
+    @pytest.mark.parametrize("fused", [True, False])
+    def test_a_probability_that_is_nowhere_is_asked_for(self, fused):
+        module = nn.Sequential(Projected(0.3, fused)).eval()
+        with pytest.raises(cm.OverrideError, match=r"p is 0: the op had none") as caught:
             compile_(module, training=True)(SEQUENCE)
         assert "'dropout_p': {'0': 0.1}" in str(caught.value)
         compiled = compile_(module, training=True, dropout_p={"0": 0.3})
@@ -346,9 +351,10 @@ class TestAttention:
             reference, compile_(copy.deepcopy(reference), training=True), SEQUENCE
         )  # traced in train: it shows
 
+    @pytest.mark.parametrize("fused", [True, False])
     @pytest.mark.parametrize("start", [True, False])
-    def test_of_a_bound_module(self, start):
-        reference = Projected(0.3)
+    def test_of_a_bound_module(self, start, fused):
+        reference = Projected(0.3, fused)
         dropout_p = None if start else {"": 0.3}
         module = cm.bind(torch.export.export(copy.deepcopy(reference).train(start), (SEQUENCE,)), dropout_p=dropout_p)
         compiled = {mode: compile_(module, training=mode) for mode in (True, False)}
@@ -401,6 +407,33 @@ class TestRecurrent:
             compile_(module, **options)(STEPS)
 
 
+class TestCounters:
+    """A batch norm that is awake counts, also where Dynamo compiles it as a variable of its own."""
+
+    @pytest.mark.parametrize("build", [lambda: nn.BatchNorm1d(4), lambda: BehindABreak()], ids=["root", "break"])
+    def test_of_a_batch_norm_that_is_a_frames_own(self, build):
+        reference = build().eval()
+        module = copy.deepcopy(reference)
+        compiled = compile_(module, training=True)
+        reference.train()
+        for _ in range(3):
+            same_outputs(reference, compiled, VECTOR)
+        same_state(reference, module)
+
+
+class BehindABreak(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(4)
+
+    def doubled(self, x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return x * 2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bn(self.doubled(x))
+
+
 class Breaks(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         torch._dynamo.graph_break()
@@ -408,7 +441,7 @@ class Breaks(nn.Module):
 
 
 class Broken(nn.Module):
-    """A graph break within a loop, for which Dynamo leaves the loop to eager mode, behind something that it compiles."""
+    """A graph break in a loop, for which Dynamo leaves the loop to eager mode, behind something that it compiles."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -463,11 +496,16 @@ class TestEagerParts:
         with pytest.warns(cm.ModeWarning, match=self.WARNING.format("1")):
             call(VECTOR)
 
-    def test_is_not_said_of_what_is_compiled(self):
-        call = compile_(ConvNet(), overrides={"*bn": "eval"})
+    @pytest.mark.parametrize("in_place", [False, True])
+    def test_is_not_said_of_what_is_compiled_whole(self, in_place):
+        module = ConvNet()
+        module.uncalled = nn.Dropout(0.1)
+        module.eval()
+        if in_place:
+            module.compile(backend="pt2e_modes", options={"training": True})
+        call = module if in_place else compile_(module, training=True)
         for _ in range(3):
             call(IMAGE)
-        assert not call._forward_hooks
 
 
 class Branching(nn.Module):
@@ -487,6 +525,16 @@ class TestPython:
         module = nn.Sequential(Branching(), nn.Dropout(0.2))
         with pytest.raises(cm.OverrideError, match=r"set the flag itself"):
             compile_(module, overrides={"0": "eval"})(VECTOR)
+
+    def test_a_mask_that_is_frozen_stays_so_over_flips(self):
+        reference = nn.Sequential(nn.Linear(4, 4), DropPath(0.4), nn.BatchNorm1d(4))
+        module = copy.deepcopy(reference)
+        compiled = compile_(module, overrides={"1": "eval"})
+        for mode in (True, False, True):
+            reference.train(mode)[1].eval()
+            module.train(mode)
+            same_outputs(reference, compiled, VECTOR)
+        same_state(reference, module)
 
     def test_is_fine_where_the_flag_says_the_same(self):
         reference = nn.Sequential(Branching(), nn.Dropout(0.2))
