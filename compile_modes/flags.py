@@ -3,10 +3,13 @@
 import operator
 from typing import Any
 
-from torch import fx
+import torch
+from torch import fx, nn
 
-from compile_modes.bodies import Body, attribute
-from compile_modes.ops import ModeOp
+from compile_modes.bodies import Body, attribute, module_class, module_path
+from compile_modes.ops import ModeOp, lookup
+
+_SOFTMAX = (torch.ops.aten.softmax.int, torch.ops.aten._softmax.default)
 
 
 def mode_of(body: Body, node: fx.Node, row: ModeOp) -> tuple[bool | None, fx.Node | None]:
@@ -44,3 +47,20 @@ def is_flag(value: Any) -> bool:
     if value.target is operator.not_:
         return is_flag(value.args[0])
     return value.op == "get_attr" and str(value.target).split(".")[-1] == "training"
+
+
+def without_dropout(body: Body) -> list[fx.Node]:
+    """The softmax of each MultiheadAttention that returns its weights and has, or had when exported, no dropout."""
+    found: dict[str, fx.Node] = {}
+    for node in body.graph.nodes:
+        if (
+            node.op == "call_function"
+            and (kind := module_class(node)) is not None
+            and issubclass(kind, nn.MultiheadAttention)
+        ):
+            row = lookup(node.target)
+            if node.target in _SOFTMAX:
+                found[module_path(node)] = node
+            elif row is not None and row.family == "dropout":
+                found.pop(module_path(node), None)
+    return list(found.values())

@@ -20,19 +20,17 @@ from compile_modes.bodies import (
     module_class,
     module_path,
     state_path,
-)  # fmt: skip
+)
 from compile_modes.calls import kept_call
 from compile_modes.dual import DualModule
 from compile_modes.errors import BindError
-from compile_modes.flags import mode_of, without_stats
+from compile_modes.flags import mode_of, without_dropout, without_stats
 from compile_modes.ops import LOST_DROPOUT, LOST_ITERATION, STUCK_ITERATION, TABLE, UNTRACKED, ModeOp, lookup
 from compile_modes.regions import Region, iterations, regions
 
 # Node meta that export, Dynamo and AOTAutograd carry along (``custom``), under this key.
 NOTES = "compile_modes"
 HARD_CODED, KEPT = "hard-coded", "kept"
-_ATTENTION = nn.MultiheadAttention
-_SOFTMAX = (torch.ops.aten.softmax.int, torch.ops.aten._softmax.default)
 BOUND = "compile_modes_bound"  # in the meta of a GraphModule that bind() has seen
 REMARKS = "compile_modes_remarks"  # there too: what depends on mode and is no site, a line each for explain()
 
@@ -176,7 +174,7 @@ def _sites_of(body: Body) -> list[Site]:
     special = {r.node: _site_without_flag(body, r.node, TABLE[r.gate], True, r) for r in regions(body) if r.covers}
     for node, live in iterations(body):
         special[node] = _site_without_flag(body, node, STUCK_ITERATION if live else LOST_ITERATION, live)
-    for node in _without_dropout(body):
+    for node in without_dropout(body):
         special[node] = _site_without_flag(body, node, LOST_DROPOUT, False)
     found = []
     for node in body.graph.nodes:
@@ -190,19 +188,6 @@ def _sites_of(body: Body) -> list[Site]:
 def _site_without_flag(body: Body, node: fx.Node, row: ModeOp, training: bool, region: Region | None = None) -> Site:
     hard_coded = note(node).get("mode") == HARD_CODED
     return Site(node, body, row, module_path(node), training, False, False, hard_coded, region=region)
-
-
-def _without_dropout(body: Body) -> list[fx.Node]:
-    """The softmax of each MultiheadAttention that returns its weights and has, or had when exported, no dropout."""
-    found: dict[str, fx.Node] = {}
-    for node in body.graph.nodes:
-        if node.op == "call_function" and (kind := module_class(node)) is not None and issubclass(kind, _ATTENTION):
-            row = lookup(node.target)
-            if node.target in _SOFTMAX:
-                found[module_path(node)] = node
-            elif row is not None and row.family == "dropout":
-                found.pop(module_path(node), None)
-    return list(found.values())
 
 
 def graph_root(obj: Any) -> nn.Module:
