@@ -14,7 +14,7 @@ from compile_modes.dual import DualModule
 from compile_modes.errors import BindError, CompileModesError, ModeWarning
 from compile_modes.listing import reused
 from compile_modes.recompose import recompose
-from compile_modes.remarks import remark
+from compile_modes.remarks import left_nothing, remark, remark_nothing
 from compile_modes.rewrite import attr_node, insert_dropout, insert_step, loosen_views, make_one_node, set_argument
 from compile_modes.sites import BOUND, HARD_CODED, KEPT, Site, add_note, graph_root
 from compile_modes.source import Source
@@ -34,7 +34,8 @@ def bind(exported: Any, *, keep: Sequence[str] = (), dropout_p: Mapping[str, flo
         exported: an ExportedProgram, the GraphModule of ``ep.module()``, a PT2E-prepared GraphModule, an
             UnflattenedModule, or an OptimizedModule around one of these. Modules are bound in place; parameters,
             buffers and ``state_dict`` keys stay as they are.
-        keep: globs of owners whose sites keep their literal, also when the module is bound again.
+        keep: globs of owners whose sites keep their literal, also when the module is bound again, and of modules that
+            need no mode.
         dropout_p: attention dropout that an eval export has lost, ``{owner glob: probability}``; first match wins.
 
     Returns:
@@ -47,7 +48,7 @@ def bind(exported: Any, *, keep: Sequence[str] = (), dropout_p: Mapping[str, flo
 
     Warns:
         ModeWarning: some sites can't follow the flag, with the reason for each; or the program is decomposed and has
-            parts that are no sites any more.
+            parts that are no sites any more; or an eval export has lost what modules may do in train.
     """
     if isinstance(getattr(exported, "_orig_mod", exported), DualModule):
         if keep or dropout_p:
@@ -76,16 +77,20 @@ def bind_root(
     if program is not None:
         _restore_state(root, program)
     recomposed = recompose(root, program)
+    gone = [] if recomposed.decomposed else left_nothing(root, program)
     try:
-        plan = planning.plan_binding(root, keep, dropout_p)
+        plan = planning.plan_binding(root, keep, dropout_p, gone)
     except CompileModesError:
         recomposed.undo()
         raise
     if own(root):
-        plan = planning.plan_binding(root, keep, dropout_p)
+        plan = planning.plan_binding(root, keep, dropout_p, gone)
     carry_out(plan, root)
     trains = any(plan.modes.values()) or any(site.training for site in plan.kept)
-    remarks = remark(root, program, trains) if recomposed.decomposed else ""
+    if recomposed.decomposed:
+        remarks = remark(root, program, trains)
+    else:
+        remarks = "" if trains else remark_nothing(root, plan.gone)
     return root, plan, [remarks] if remarks else []
 
 

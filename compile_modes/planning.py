@@ -29,6 +29,7 @@ class Plan:
         odd: sites at odds with their owner, which keep their literal.
         kept: sites that the caller wants to keep theirs.
         overriding: classes of the model that override ``train()``, which a bound module does not call.
+        gone: modules of which an eval export has nothing, except for those that ``keep`` names.
         unclear: random numbers that may or may not depend on mode.
         counting: sites that keep their literal, but whose counter follows their owner.
         supplied: probabilities that the export has lost and the caller knows.
@@ -46,13 +47,16 @@ class Plan:
     supplied: dict[Site, float] = field(default_factory=dict)
     inverted: set[Site] = field(default_factory=set)
     counting: list[Site] = field(default_factory=list)
+    gone: list[str] = field(default_factory=list)
 
 
-def plan_binding(root: nn.Module, keep: Sequence[str], dropout_p: Mapping[str, float] | None = None) -> Plan:
+def plan_binding(
+    root: nn.Module, keep: Sequence[str], dropout_p: Mapping[str, float] | None = None, gone: Sequence[str] = ()
+) -> Plan:
     keep = (keep,) if isinstance(keep, str) else keep
     found = sites(root)
     drawn = _unclear(root)
-    kept = _kept(found, keep, {module_path(node) for node in drawn})
+    kept = _kept(found, keep, {*gone, *(module_path(node) for node in drawn)})
     was_inverted = {site for site in found if note(site.node).get("inverted") and not site.bound}
     modes, chosen, odd = _choose([site for site in found if site not in kept])
     supplied = _supplied(found, dropout_p)
@@ -60,6 +64,7 @@ def plan_binding(root: nn.Module, keep: Sequence[str], dropout_p: Mapping[str, f
     bindable = [s for s in chosen if s in supplied or not s.refusal(not s.training)]
     _check_names(root, {site.owner for site in bindable})
     first = bool(modes) and not any(site.bound for site in found)
+    fused = [f"{site.owner}.*" for site in found if site.op.inference]  # the site says what they have lost
     unclear = [n for n in drawn if any(modes.values()) and not _matches_any(module_path(n), keep)]
     return Plan(
         first,
@@ -73,6 +78,7 @@ def plan_binding(root: nn.Module, keep: Sequence[str], dropout_p: Mapping[str, f
         overriding(bindable),
         supplied,
         was_inverted & set(bindable),
+        gone=[name for name in gone if not _matches_any(name, [*keep, *fused])],
     )
 
 

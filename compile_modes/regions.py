@@ -5,6 +5,7 @@ of an eval one: the random mask of DropPath, StochasticDepth or DropBlock, and t
 Folded (``folding.py``), they are the body of one call with a flag (``gates.py``), which the table of ops knows.
 """
 
+import math
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -170,6 +171,7 @@ def _mask(body: Body, sampler: fx.Node, order: dict[fx.Node, int]) -> Region | N
     if x is None or any(user not in applied for node in applied[:-1] for user in node.users):
         return None
     x, scaling = _before_scaling(x, sampler, drawn)
+    applied += _scaled_after(applied[-1], drawn)
     nodes = {*drawn, *applied, *scaling}
     region = _region(body, nodes, applied[-1], x, order)
     return region if _metadata(applied[-1]) == _metadata(x) else None
@@ -185,10 +187,31 @@ def _constant(body: Body, node: fx.Node, drawn: set[fx.Node]) -> bool:
 
 def _before_scaling(x: fx.Node, sampler: fx.Node, drawn: set[fx.Node]) -> tuple[fx.Node, set[fx.Node]]:
     """Goes back over an ``x / keep_prob`` that belongs to a mask of that probability."""
-    floats = {a for n in drawn for a in n.args if isinstance(value(a) if isinstance(a, fx.Node) else a, sizes.FLOATS)}
+    floats = _floats(drawn)
     if x.target in _SCALING and x.args[1] in floats and len(x.users) == 1 and module_path(x) == module_path(sampler):
         return x.all_input_nodes[0], {x}
     return x, set()
+
+
+def _scaled_after(masked: fx.Node, drawn: set[fx.Node]) -> list[fx.Node]:
+    """The ``/ keep_prob`` behind ``x * mask``, if the mask was drawn with that probability, or with one minus it."""
+    after = next(iter(masked.users), masked)
+    scaled = after.target in _SCALING and len(masked.users) == 1 and after.args[0] is masked
+    if not scaled or module_path(after) != module_path(masked):
+        return []
+    floats, keep = _floats(drawn), after.args[1]
+    if isinstance(keep, fx.Node):  # floats are inputs of the graph, with ``dynamic=True``
+        return [after] if keep in floats or (keep.target is operator.sub and keep.args[1] in floats) else []
+    if not isinstance(keep, float) or not keep:
+        return []
+    keep = keep if after.target is aten.div.Tensor else 1 / keep
+    near = [p for p in floats if isinstance(p, float) and (math.isclose(p, keep) or math.isclose(p, 1 - keep))]
+    return [after] if near else []
+
+
+def _floats(nodes: set[fx.Node]) -> set[Any]:
+    """The numbers, and nodes that compute some, among the arguments of nodes."""
+    return {a for n in nodes for a in n.args if isinstance(value(a) if isinstance(a, fx.Node) else a, sizes.FLOATS)}
 
 
 def _region(body: Body, nodes: set[fx.Node], end: fx.Node, x: fx.Node, order: dict[fx.Node, int]) -> Region | None:

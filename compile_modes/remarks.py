@@ -1,6 +1,6 @@
 """What of a decomposed program depends on mode, is no site, and so is beyond ``train()`` and ``eval()``."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import fx, nn
@@ -38,6 +38,37 @@ def remark(root: nn.Module, program: torch.export.ExportedProgram | None, trains
         "the program is decomposed, and parts of it will not follow train() and eval():\n"
         + "\n".join(["  " + line for line in found[:5]] + more)
         + "\n  what to do: bind the program before run_decompositions()"
+    )
+
+
+def left_nothing(root: nn.Module, program: torch.export.ExportedProgram | None) -> list[str]:
+    """The modules without state of a program in training IR that are in no graph, parents in the place of children.
+
+    In an eval export, they may be random masks, or something else that is for train only, or just Identity.
+    """
+    known = [entry.fqn for entry in program.module_call_graph] if program is not None else []
+    paths = {module_path(node) for body in bodies(root) for node in body.graph.nodes}
+    paths |= {name for tensors in (root.named_parameters, root.named_buffers) for name, _ in tensors()}
+    present = {prefix for path in paths for prefix in _prefixes(path)}
+    gone = {name for name in known if name and name != _compat.GUARDS and name not in present}
+    return sorted(name for name in gone if not any(prefix in gone for prefix in _prefixes(name) if prefix != name))
+
+
+def _prefixes(path: str) -> list[str]:
+    names = path.split(".")
+    return [".".join(names[: i + 1]) for i in range(len(names))]
+
+
+def remark_nothing(root: nn.Module, names: Sequence[str]) -> str:
+    """As :func:`remark`, of modules that an eval export has left nothing of."""
+    if not names:
+        return ""
+    more = f" and {len(names) - 5} more" if names[5:] else ""
+    says = f"{', '.join(map(repr, names[:5]))}{more} left nothing in the eval export"
+    root.__dict__.setdefault("meta", {})[REMARKS] = [f"{says}; what they do in train, if anything, is lost"]
+    return (
+        f"{says}: unless they do nothing in train either, as Identity does, train() can't bring that back.\n"
+        "  what to do: export in train mode, or by compile_modes.export(model, args); or bind with keep=[...] if so"
     )
 
 

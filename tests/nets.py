@@ -200,7 +200,7 @@ class HardCoded(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth as timm (``style="bernoulli"``) and transformers (``style="floor"``) write it."""
+    """Stochastic depth as timm ("bernoulli") and transformers ("floor") write it, or scaled "after" the mask."""
 
     def __init__(self, p: float, style: str = "bernoulli") -> None:
         super().__init__()
@@ -212,6 +212,8 @@ class DropPath(nn.Module):
         keep, shape = 1 - self.p, (x.shape[0],) + (1,) * (x.ndim - 1)
         if self.style == "bernoulli":
             return x * x.new_empty(shape).bernoulli_(keep).div_(keep)
+        if self.style == "after":
+            return x * (torch.rand(shape, dtype=x.dtype) > self.p) / keep
         mask = keep + torch.rand(shape, dtype=x.dtype)
         mask.floor_()
         return x.div(keep) * mask

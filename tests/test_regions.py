@@ -39,6 +39,7 @@ def parametrized():
 
 MODELS = [
     pytest.param(lambda: Residual(DropPath(0.3), DropPath(0.4, "floor")), IMAGE, "noise", id="drop-path"),
+    pytest.param(lambda: nn.Sequential(nn.Linear(4, 4), DropPath(0.3, "after")), X, "noise", id="scaled-after"),
     pytest.param(lambda: Residual(DropBlock(), nn.Dropout(0.1)), IMAGE, "noise", id="drop-block"),
     pytest.param(Shared, X, "noise", id="shared"),
     pytest.param(hooked, X, "spectral_norm", id="spectral-norm-hook"),
@@ -46,7 +47,7 @@ MODELS = [
 ]
 
 DYNAMIC = [
-    *(pytest.param(*model.values[:2], id=model.id) for model in MODELS[:3]),
+    *(pytest.param(*model.values[:2], id=model.id) for model in MODELS[:4]),
     pytest.param(lambda: Residual(DropBlock(), DropBlock(), DropPath(0.2, "floor")), IMAGE, id="three-masks"),
 ]
 
@@ -105,7 +106,7 @@ def test_compiled(build, x, family):
 
 
 @pytest.mark.usefixtures("no_inductor")
-@pytest.mark.parametrize(("build", "x"), [m.values[:2] for m in MODELS[:3]], ids=[m.id for m in MODELS[:3]])
+@pytest.mark.parametrize(("build", "x"), [m.values[:2] for m in MODELS[:4]], ids=[m.id for m in MODELS[:4]])
 def test_the_backend_forces_masks_of_eager_models_off(build, x):
     model = build()
     compiled = torch.compile(model, backend="pt2e_modes", options={"training": False})
@@ -220,7 +221,11 @@ def test_random_numbers_that_are_no_mask_are_named():
     with pytest.warns(cm.ModeWarning, match=r"random numbers of '1' are drawn in both modes.*\n.*compile_modes.export"):
         bound = cm.bind(program)
     assert "in both modes: aten.randn.default draws random numbers (owner '1')" in cm.explain(bound)
-    cm.bind(torch.export.export(model.eval(), (IMAGE[0, :, :, :4],)))
+    program = torch.export.export(model.eval(), (IMAGE[0, :, :, :4],))
+    with pytest.warns(cm.ModeWarning, match=r"'1' left nothing in the eval export: .*\n.*compile_modes.export"):
+        bound = cm.bind(program)
+    assert "'1' left nothing in the eval export" in cm.explain(bound)
+    assert "'1'" not in cm.explain(cm.bind(program, keep=["1"]))
 
 
 class AlwaysNoise(nn.Module):
