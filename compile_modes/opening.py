@@ -1,6 +1,7 @@
 """Files of the command line: what torch.export.save() or cm.save() has written, and programs to write."""
 
 import os
+import textwrap
 import warnings
 import zipfile
 from dataclasses import dataclass
@@ -113,4 +114,4 @@ def _save(program: ExportedProgram, stream: Any) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+    return textwrap.shorten(str(error).strip().partition("\n")[0], 500)  # torch may quote a node with all its meta

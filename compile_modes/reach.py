@@ -87,8 +87,9 @@ def _may_be_left(root: nn.Module, training: bool | None, overrides: Mapping[str,
         warn_once(
             f"{', '.join(lost[:5])} were in no graph that Dynamo compiled: if they ran, then in eager mode, "
             "where options can't reach and flags count.\n  what to do: remove the graph break around them, which "
-            "TORCH_LOGS=graph_breaks shows; or set their flags, by train() or eval()"
-        )
+            "TORCH_LOGS=graph_breaks shows; or set their flags, by train() or eval()",
+            id(root), training, *overrides.items(),
+        )  # fmt: skip
     unknown = [p for p in overrides if not any(owner_matches(name, p) for name in named)]
     if unknown:
         raise no_match(unknown[0], sorted(named), "overrides", "part of the module, let alone a")

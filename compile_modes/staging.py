@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import fx
 
@@ -22,13 +23,13 @@ from compile_modes.owners import Names
 from compile_modes.rewrite import apply, assign, owner_matches
 from compile_modes.sites import Site
 
-WARNED: set[str] = set()
+WARNED: set[Any] = set()
 
 
-def warn_once(text: str) -> None:
-    """A ModeWarning that this process has not seen before."""
-    if text not in WARNED:
-        WARNED.add(text)
+def warn_once(text: str, *about: Any) -> None:
+    """A ModeWarning that this process has not seen before, or not about the same things."""
+    if (text, *about) not in WARNED:
+        WARNED.add((text, *about))
         warnings.warn(text, ModeWarning, stacklevel=3)
 
 
@@ -78,8 +79,9 @@ def put_into_modes(
     if decided := decided_by_python(found, names, training, overrides):
         warn_once(
             f"{', '.join(decided[:5])} read their training flag in Python, where options can't reach: what "
-            "depends on it stays as the flag says.\n  what to do: set the flag, by train() or eval() of the module"
-        )
+            "depends on it stays as the flag says.\n  what to do: set the flag, by train() or eval() of the module",
+            id(names.everything.get("")), training, *overrides.items(),
+        )  # fmt: skip
     report = apply(captured, assign(found, training, overrides), refusal)
     if report.refused:
         raise refused(report)

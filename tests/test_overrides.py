@@ -521,6 +521,16 @@ class TestPython:
         with pytest.warns(cm.ModeWarning, match=r"'0' \(\w+\) read their training flag in Python"):
             compile_(module, training=False)(VECTOR)
 
+    def test_is_said_again_of_other_modules_and_options(self):
+        module = nn.Sequential(Branching(), nn.Dropout(0.2))
+        asked = [(module, {"training": False}), (copy.deepcopy(module), {"training": False})]
+        for one, options in [*asked, (module, {"overrides": {"*": "eval"}})]:
+            with pytest.warns(cm.ModeWarning, match=r"'0' \(\w+\) read their training flag in Python"):
+                compile_(one, **options)(VECTOR)
+            torch._dynamo.reset()
+            compile_(one, **options)(VECTOR)
+            torch._dynamo.reset()
+
     def test_is_an_error_where_it_alone_is_asked(self):
         module = nn.Sequential(Branching(), nn.Dropout(0.2))
         with pytest.raises(cm.OverrideError, match=r"set the flag itself"):

@@ -355,7 +355,7 @@ modes is ()
   where: modes
   what to do: pass ("train", "eval")
 'off' is not a mode
-  where: overrides['*']
+  where: modes[0]['*']
   what to do: use 'train' or 'eval'
 'no' is not a grad mode
   where: grad
