@@ -1,4 +1,4 @@
-"""What of a decomposed program depends on mode, is no site, and so is beyond ``train()`` and ``eval()``."""
+"""What of a decomposed program, or an eval export, may depend on mode and is no site, so that no flag reaches it."""
 
 from collections.abc import Iterator, Sequence
 
