@@ -262,6 +262,7 @@ def test_explain_exits_with_1_only_if_asked_to(run):
     assert run("explain", "train.pt2", "--strict")[0] == 0
 
 
+@pytest.mark.slow
 def test_commands_as_processes(files, tmp_path):
     model = ConvNet()
     batch = torch.export.Dim("batch", min=2, max=64)
@@ -478,6 +479,7 @@ error: the module can't be imported: No module named 'no_such_module'
     )
 
 
+@pytest.mark.slow
 def test_a_module_that_registers_operators_can_be_imported_first(tmp_path):
     (tmp_path / "ops.py").write_text(
         "import torch\n"

@@ -43,6 +43,7 @@ def train(module, steps=3):
         optimizer.step()
 
 
+@pytest.mark.slow
 def test_a_prepared_module_is_bound_trained_and_converted_as_the_standard_flow():
     model = Net()
     standard, bound = (prepared(copy.deepcopy(model)) for _ in range(2))
