@@ -1,6 +1,6 @@
 """Modes that options ask for against the flags: what a trace made under other flags lacks, and what it can't give."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import fx, nn
 
@@ -57,7 +57,7 @@ def check_patterns(overrides: Mapping[str, str], found: Sequence[Site], names: N
         if any(owner_matches(owner, pattern) for owner in owners):
             continue
         read = sorted(name for name in names.read if owner_matches(name, pattern))
-        if read and all(names.modules[name].training is MODES[mode] for name in read if name in names.modules):
+        if read and all(name in names.modules and names.modules[name].training is MODES[mode] for name in read):
             del left[pattern]
             continue
         unclear = {
@@ -85,11 +85,14 @@ def check_patterns(overrides: Mapping[str, str], found: Sequence[Site], names: N
     return left
 
 
-def check_names(overrides: Mapping[str, str], names: Names) -> None:
-    """Raises OverrideError for patterns that match no module at all, where not all sites are at hand."""
-    for pattern in overrides if names.everything else ():
-        if not any(owner_matches(name, pattern) for name in names.everything):
-            raise no_match(pattern, sorted(names.everything), "overrides", "part of the module, let alone a")
+def check_names(overrides: Mapping[str, str], everything: Collection[str]) -> None:
+    """Raises OverrideError for patterns that match no module at all, where not all sites are at hand.
+
+    ``everything`` holds the names of all modules; if it is empty, they are not known.
+    """
+    for pattern in overrides if everything else ():
+        if not any(owner_matches(name, pattern) for name in everything):
+            raise no_match(pattern, sorted(everything), "overrides", "part of the module, let alone a")
 
 
 def _below(owner: str, names: Names) -> list[str]:

@@ -13,8 +13,8 @@ from torch import nn
 from compile_modes import _compat
 from compile_modes._compat import frames
 from compile_modes.errors import OptionError
-from compile_modes.forced import wanted
-from compile_modes.rewrite import check_overrides, no_match, owner_matches
+from compile_modes.forced import check_names, wanted
+from compile_modes.rewrite import check_overrides
 from compile_modes.staging import warn_once
 
 
@@ -90,9 +90,7 @@ def _may_be_left(root: nn.Module, training: bool | None, overrides: Mapping[str,
             "TORCH_LOGS=graph_breaks shows; or set their flags, by train() or eval()",
             id(root), training, *overrides.items(),
         )  # fmt: skip
-    unknown = [p for p in overrides if not any(owner_matches(name, p) for name in named)]
-    if unknown:
-        raise no_match(unknown[0], sorted(named), "overrides", "part of the module, let alone a")
+    check_names(overrides, named)
     return bool(left) and not lost
 
 

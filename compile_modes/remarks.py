@@ -46,12 +46,18 @@ def left_nothing(root: nn.Module, program: torch.export.ExportedProgram | None) 
 
     In an eval export, they may be random masks, or something else that is for train only, or just Identity.
     """
+    gone = set(_gone(root, program))
+    return sorted(name for name in gone if not any(parent in gone for parent in _prefixes(name)[:-1]))
+
+
+def _gone(root: nn.Module, program: torch.export.ExportedProgram | None) -> list[str]:
+    """All that the program knows as modules and that have neither state nor nodes, in its order."""
     known = [entry.fqn for entry in program.module_call_graph] if program is not None else []
-    paths = {module_path(node) for body in bodies(root) for node in body.graph.nodes}
+    nodes = [node for body in bodies(root) for node in body.graph.nodes]
+    paths = {module_path(node) for node in nodes if not _erased_dropout(node)}
     paths |= {name for tensors in (root.named_parameters, root.named_buffers) for name, _ in tensors()}
     present = {prefix for path in paths for prefix in _prefixes(path)}
-    gone = {name for name in known if name and name != _compat.GUARDS and name not in present}
-    return sorted(name for name in gone if not any(prefix in gone for prefix in _prefixes(name) if prefix != name))
+    return [name for name in known if name not in ("", _compat.GUARDS) and name not in present]
 
 
 def _prefixes(path: str) -> list[str]:
@@ -117,12 +123,7 @@ def _unread(root: nn.Module) -> Iterator[str]:
 def _erased(root: nn.Module, program: torch.export.ExportedProgram | None) -> Iterator[str]:
     """Dropouts leave nothing of themselves in eval mode; all that is known are the modules that left nothing."""
     nodes = [node for body in bodies(root) for node in body.graph.nodes]
-    known = [entry.fqn for entry in program.module_call_graph] if program is not None else []
-    known = [name for name in known if name not in ("", _compat.GUARDS)]
-    present = {module_path(node) for node in nodes if not _erased_dropout(node)}
-    present |= {name for name, _ in root.named_parameters()}
-    present |= {name for name, _ in root.named_buffers()}
-    gone = [name for name in known if not any(p == name or p.startswith(name + ".") for p in present)]
+    gone = _gone(root, program)
     gone = [name for name in gone if not any(other.startswith(name + ".") for other in gone)]
     # With neither a site nor a module that vanished, nothing says that the program was exported in eval mode.
     if gone or any(lookup(node.target) for node in nodes):

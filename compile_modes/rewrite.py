@@ -77,7 +77,7 @@ def editable(module: Any) -> nn.Module:
     return graph_root(module)
 
 
-def check_overrides(training: Any, overrides: Any) -> dict[str, str]:
+def check_overrides(training: Any, overrides: Any, where: str = "overrides") -> dict[str, str]:
     """Validates the two arguments that ask for modes, here and as options of the backend."""
     if training is not None and not isinstance(training, bool):
         raise OptionError(f"training is {training!r}", remedy="pass True, False, or None to leave the modes alone")
@@ -87,13 +87,9 @@ def check_overrides(training: Any, overrides: Any) -> dict[str, str]:
         raise OptionError(f"overrides is a {type(overrides).__name__}", remedy='pass {"layer4.*": "eval"}')
     for pattern, mode in overrides.items():
         if not isinstance(pattern, str):
-            raise OptionError(
-                f"{pattern!r} is not an owner glob", where="overrides", remedy='pass {"layer4.*": "eval"}'
-            )
+            raise OptionError(f"{pattern!r} is not an owner glob", where=where, remedy='pass {"layer4.*": "eval"}')
         if not isinstance(mode, str) or mode not in MODES:
-            raise OptionError(
-                f"{mode!r} is not a mode", where=f"overrides[{pattern!r}]", remedy="use 'train' or 'eval'"
-            )
+            raise OptionError(f"{mode!r} is not a mode", where=f"{where}[{pattern!r}]", remedy="use 'train' or 'eval'")
     return dict(overrides)
 
 

@@ -74,7 +74,7 @@ def put_into_modes(
     if whole:
         overrides = check_patterns(overrides, found, names)
     else:
-        check_names(overrides, names)
+        check_names(overrides, names.everything)
         overrides = {p: m for p, m in overrides.items() if any(owner_matches(o, p) for o in owners)}
     if decided := decided_by_python(found, names, training, overrides):
         warn_once(

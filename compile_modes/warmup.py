@@ -127,10 +127,7 @@ def _checked_mode(module: nn.Module, mode: Any, where: str) -> bool:
         raise OptionError(
             f"{mode!r} is not a mode", where=where, remedy="use 'train', 'eval', 'current' or {'layer1*': 'eval'}"
         )
-    try:
-        check_overrides(None, mode)
-    except OptionError as error:
-        raise OptionError(error.cause, where=error.where.replace("overrides", where, 1), remedy=error.remedy) from None
+    check_overrides(None, mode, where)
     names = list(dict.fromkeys(name for name, _ in _named_modules(module)))
     for pattern in mode:
         if not any(owner_matches(name, pattern) for name in names):

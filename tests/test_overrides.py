@@ -34,6 +34,13 @@ def agree(reference, module, compiled, x, seeds=3):
         same_state(reference, module)
 
 
+def to_eval(module: nn.Module, pattern: str) -> None:
+    """What an override of a pattern asks for, in eager mode."""
+    for name, submodule in module.named_modules():
+        if cm.rewrite.owner_matches(name, pattern):
+            submodule.training = False
+
+
 class Twins(nn.Module):
     """Two modules of one kind, the second of which runs first."""
 
@@ -101,9 +108,7 @@ class TestNames:
         if kind == "bound":
             module.child = bound(module.child, IMAGE)
         compiled = compile_(module, overrides={pattern: "eval"})
-        for name, submodule in reference.named_modules():
-            if cm.rewrite.owner_matches(name, pattern):
-                submodule.training = False
+        to_eval(reference, pattern)
         agree(reference, module, compiled, IMAGE)
 
     def test_of_two_exported_modules_of_one_kind(self):
@@ -147,9 +152,7 @@ class TestNames:
         reference = Net()
         module = copy.deepcopy(reference)
         compiled = compile_(module, overrides={pattern: "eval"})
-        for name, submodule in reference.named_modules():
-            if cm.rewrite.owner_matches(name, pattern):
-                submodule.training = False
+        to_eval(reference, pattern)
         agree(reference, module, compiled, VECTOR)
 
     def test_of_an_exported_module_in_a_dict(self):

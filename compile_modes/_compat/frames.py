@@ -201,7 +201,10 @@ def compiled_root() -> nn.Module | None:
 
     Dynamo compiles a submodule by itself where it can't compile its parent, and names of the submodule begin there.
     """
-    called = _compiled_call()
+    return _inside(_compiled_call())
+
+
+def _inside(called: nn.Module | None) -> nn.Module | None:
     return called._orig_mod if isinstance(called, torch._dynamo.OptimizedModule) else called
 
 
@@ -249,8 +252,7 @@ def after_calls(key: Any, check: Callable[[nn.Module], bool]) -> None:
     waiting.add(key)
 
     def over() -> bool:
-        module = called._orig_mod if isinstance(called, torch._dynamo.OptimizedModule) else called
-        if torch.compiler.is_compiling() or check(module):
+        if torch.compiler.is_compiling() or check(_inside(called)):  # type: ignore[arg-type]
             return False
         waiting.discard(key)
         return True
