@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compile_modes.backend import pt2e_modes
+from compile_modes.backend.entry import pt2e_modes
 
 CHANNELS_LAST = {"resnet50", "efficientnet_b0", "convnext_tiny", "tiny"}
 BATCH = {"resnet50": 64, "efficientnet_b0": 64, "convnext_tiny": 64, "vit_b_16": 64, "bert_base": 32, "tiny": 4}

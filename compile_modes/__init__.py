@@ -1,8 +1,7 @@
 """train/eval mode in compiled and exported PyTorch models."""
 
-from compile_modes.baking import bake
-from compile_modes.binding import bind
-from compile_modes.cumulative import exportable
+from compile_modes.backend.mode_pass import ModePass
+from compile_modes.backend.warmup import warmup
 from compile_modes.errors import (
     ArchiveError,
     BindError,
@@ -14,20 +13,21 @@ from compile_modes.errors import (
     OverrideError,
     WarmupError,
 )
-from compile_modes.exported import (
+from compile_modes.exported.baking import bake
+from compile_modes.exported.binding import bind
+from compile_modes.exported.exporting import export
+from compile_modes.exported.literals import restore_literals
+from compile_modes.exported.saving import load, save
+from compile_modes.exported.torchao import (
     allow_exported_model_train_eval,
     model_is_exported,
     move_exported_model_to_eval,
     move_exported_model_to_train,
 )
-from compile_modes.exporting import export
-from compile_modes.listing import explain
-from compile_modes.literals import restore_literals
-from compile_modes.passes import ModePass
-from compile_modes.rewrite import Report, set_mode
-from compile_modes.saving import load, save
-from compile_modes.sites import Site, sites
-from compile_modes.warmup import warmup
+from compile_modes.graph.cumulative import exportable
+from compile_modes.graph.explain import explain
+from compile_modes.graph.rewrite import Report, set_mode
+from compile_modes.graph.sites import Site, sites
 
 __all__ = [
     "ArchiveError",

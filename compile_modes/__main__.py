@@ -1,59 +1,8 @@
-"""Command line: ``python -m compile_modes`` and demo, explain or bake."""
+"""``python -m compile_modes``, which is what the script ``compile-modes`` runs."""
 
-import argparse
 import sys
-from collections.abc import Sequence
 
-from compile_modes import commands
-
-# Distributions of the "demo" extra, by the module that they bring.
-_DEMO_EXTRA = {"sklearn": "scikit-learn", "rich": "rich"}
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the subcommand that ``argv`` names; returns the exit status."""
-    parser = _parser()
-    args = parser.parse_args(argv)
-    if args.command is None:
-        parser.print_help()
-        return 2
-    status: int = args.run(args)
-    return status
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m compile_modes", description="train() and eval() in compiled models"
-    )
-    subparsers = parser.add_subparsers(dest="command", title="commands")
-    demo = subparsers.add_parser("demo", help="train an exported CNN on digits, and compare with an eager twin")
-    demo.add_argument(
-        "--epochs", type=_positive, default=8, help="default: %(default)s; the second half runs part-frozen"
-    )
-    demo.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    demo.set_defaults(run=_demo)
-    commands.add_to(subparsers)
-    return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
-
-
-def _demo(args: argparse.Namespace) -> int:
-    try:
-        from compile_modes import demo  # here, for it needs what only the extra installs
-    except ModuleNotFoundError as error:
-        missing = _DEMO_EXTRA.get((error.name or "").partition(".")[0])
-        if missing is None:
-            raise
-        print(f'the demo needs {missing}: pip install "compile_modes[demo]"', file=sys.stderr)
-        return 2
-    return demo.main(args.epochs, args.seed)
-
+from compile_modes.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

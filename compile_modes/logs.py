@@ -6,12 +6,11 @@ One line per graph at level INFO; graphs and sites at DEBUG. Nothing is put into
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import fx
 
 from compile_modes import _compat
-from compile_modes.rewrite import Report
-from compile_modes.sites import Site
 
 logger = logging.getLogger("compile_modes")
 
@@ -28,8 +27,13 @@ def artifact(name: str, text: Callable[[], str]) -> None:
     _compat.trace_artifact(f"compile_modes_{name}", text)
 
 
-def modes(found: Iterable[Site], report: Report | None) -> None:
-    """Records the mode that each site is compiled in, and what options have changed against the flags."""
+def modes(found: Iterable[Any], report: Any) -> None:
+    """Records the mode that each site is compiled in, and what options have changed against the flags.
+
+    Args:
+        found: the sites.
+        report: what :func:`compile_modes.set_mode` reports of the options; None if there are none.
+    """
     found = list(found)
 
     def text() -> str:
@@ -43,11 +47,10 @@ def modes(found: Iterable[Site], report: Report | None) -> None:
     logger.info("sites: %s%s", summary, changed)
 
 
-def forms(chosen: Iterable[tuple[Site, str]]) -> None:
-    """Records the sites that are lowered to something else than the op that they are."""
-    chosen = list(chosen)
-    if chosen:
-        artifact("forms", lambda: "\n".join(f"{site}: {form}" for site, form in chosen))
+def forms(chosen: Iterable[tuple[Any, str]]) -> None:
+    """Records the sites that are lowered to something else than the op that they are, each with its form."""
+    if pairs := list(chosen):
+        artifact("forms", lambda: "\n".join(f"{site}: {form}" for site, form in pairs))
 
 
 def left_to_stock(reason: str) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 
-from compile_modes import _compat, staging
+from compile_modes import _compat, messages
 
 
 @pytest.fixture(autouse=True)
@@ -16,7 +16,7 @@ def _fresh(request: pytest.FixtureRequest) -> Iterator[None]:
         if isinstance(value, torch.Tensor):
             vars(value).clear()  # Dynamo notes on inputs of dynamic=True that their sizes vary, and reset() leaves it
     counters.clear()
-    staging.WARNED.clear()
+    messages.WARNED.clear()
     torch.manual_seed(0)
     with inductor_config.patch(fallback_random=True):
         yield

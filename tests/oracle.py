@@ -7,8 +7,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from compile_modes.bodies import Body, bodies, state_path
-from compile_modes.sites import sites
+from compile_modes.graph.bodies import Body, bodies, state_path
+from compile_modes.graph.sites import sites
 
 TOLERANCE = 1e-4
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.export.pt2_archive._package import load_pt2
 
 import compile_modes as cm
-from compile_modes import archive
+from compile_modes.archive import programs as archive
 
 from nets import IMAGE, ConvNet  # isort: skip
 from oracle import agrees  # isort: skip
@@ -345,7 +345,7 @@ def test_the_file_is_replaced_as_a_whole(path, tmp_path):
 READ = """
 import sys, torch
 {setup}
-from compile_modes import archive
+from compile_modes.archive import programs as archive
 programs, notes = archive.read(sys.argv[1])
 x = torch.load(sys.argv[2])
 torch.manual_seed(0)

@@ -9,7 +9,7 @@ from torch import nn
 import compile_modes as cm
 from compile_modes import _compat
 from compile_modes._compat.frames import graphs_compiled
-from compile_modes.backend import Options
+from compile_modes.backend.entry import Options
 
 from nets import IMAGE, Activations, Attention, ConvNet, HardCoded, Norms, Parent, Regions, UnusedNorm  # isort: skip
 from oracle import agrees, same_state  # isort: skip

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import compile_modes as cm
-from compile_modes.bodies import bodies, canonical, dynamo_path, own
+from compile_modes.graph.bodies import bodies, canonical, dynamo_path, own
 
 from nets import IMAGE, Regions  # isort: skip
 

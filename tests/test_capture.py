@@ -8,7 +8,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._ops import OpOverload
 
 import compile_modes as cm
-from compile_modes.capture import capture
+from compile_modes.backend.capture import capture
 
 from nets import Small  # isort: skip
 from oracle import text  # isort: skip

@@ -15,8 +15,8 @@ from expecttest import assert_expected_inline
 from torch import nn
 
 import compile_modes as cm
-from compile_modes import opening
 from compile_modes.__main__ import main
+from compile_modes.cli import files as opening
 
 from nets import IMAGE, Attention, Auxiliary, ConvNet, EveryFlag, HardCoded, Regions, Small  # isort: skip
 

@@ -17,7 +17,8 @@ from expecttest import assert_expected_inline
 from torch import nn
 
 import compile_modes as cm
-from compile_modes import archive, container
+from compile_modes.archive import container
+from compile_modes.archive import programs as archive
 
 HEADER = "archive/extra/compile_modes.json"
 
@@ -261,7 +262,7 @@ FULL_DISK = """
 import os, resource, signal, sys, torch
 from torch import nn
 import compile_modes as cm
-from compile_modes import archive
+from compile_modes.archive import programs as archive
 program = torch.export.export(nn.Linear(500, 500), (torch.randn(2, 500),))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))

@@ -10,7 +10,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import compile_modes as cm
-from compile_modes.cumulative import CUMULATIVE_BATCH_NORM as OP
+from compile_modes.graph.cumulative import CUMULATIVE_BATCH_NORM as OP
 
 X = torch.randn(6, 3, 5, 5, generator=torch.Generator().manual_seed(1))
 

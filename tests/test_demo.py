@@ -14,7 +14,7 @@ from compile_modes.__main__ import main
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 
-from compile_modes import demo
+from compile_modes.cli import demo
 
 
 @pytest.mark.slow

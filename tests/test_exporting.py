@@ -8,7 +8,7 @@ from torch import nn
 
 import compile_modes as cm
 from compile_modes._compat.frames import graphs_compiled
-from compile_modes.dual import DualModule
+from compile_modes.graph.dual import DualModule
 
 from nets import (  # isort: skip
     IMAGE, Activations, Attention, Auxiliary, ConvNet, DropPath, EveryFlag, HardCoded, MixedMask, Norms, Parent,

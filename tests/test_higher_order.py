@@ -367,7 +367,7 @@ def test_a_function_in_the_graph_with_a_mode_inside(function):
 
 
 def test_bodies_that_cannot_be_traced_stay_as_they_came(monkeypatch):
-    from compile_modes import capture
+    from compile_modes.backend import capture
 
     traced = capture._retrace
 

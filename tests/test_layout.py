@@ -1,40 +1,64 @@
 """The house rules that a machine can check."""
 
 import ast
+import graphlib
 from pathlib import Path
 
 import compile_modes
 
 PACKAGE = Path(compile_modes.__file__).parent
-# Each file imports only from files to its left.
-ORDER = [
-    "_compat", "_compat.cache", "_compat.archives", "_compat.frames", "_compat.kept", "_compat.tracing",
-    "_compat.passes", "_compat.verifiers", "errors", "console", "snapshot", "dual", "container", "storages",
-    "loader", "archive", "counters", "gates", "cumulative", "ops", "calls", "bodies", "source", "sizes",
-    "regions", "folding", "flags", "sites", "listing", "rewrite", "literals", "recompose", "remarks", "planning",
-    "binding", "baking", "pairing", "exporting", "vectors", "saving", "retrace", "capture", "sharing",
-    "lifting", "spelling", "programs", "opening", "printing", "owners", "forced", "logs", "forms",
-    "forms.recurrent", "forms.saved", "staging", "passes", "reach",
-    "backend", "exported", "warmup", "demo", "__init__",
-    "commands", "__main__",
-]  # fmt: skip
+# Each folder imports only from those on floors below its own; files on the top level are the base, or the face.
+BASE = {"errors", "messages", "console", "logs"}
+FLOORS = [
+    {"_compat"},
+    BASE,
+    {"graph"},
+    {"archive", "forms"},
+    {"exported", "backend"},
+    {"cli", "__init__"},
+    {"__main__"},
+]
 
 
 def modules():
-    """Each file of the package with its name in ORDER."""
+    """Each file of the package, with its room: the folder that it is in, or its own name on the top level."""
     for path in PACKAGE.rglob("*.py"):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        yield path, ".".join(parts[:-1] if parts[1:] and parts[-1] == "__init__" else parts)
+        yield path, path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
-def test_imports_point_one_way():
-    assert sorted(ORDER) == sorted(name for _, name in modules())
-    for path, name in modules():
-        for node in ast.walk(ast.parse(path.read_text())):
-            module = node.module if isinstance(node, ast.ImportFrom) else None
-            if module and module.startswith("compile_modes."):
-                imported = module.removeprefix("compile_modes.")
-                assert ORDER.index(imported) < ORDER.index(name), f"{name} imports {module}"
+def imports(path):
+    """The rooms that a file imports from."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "compile_modes":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("compile_modes."):
+            yield node.module.split(".")[1]
+
+
+def test_imports_between_folders_point_one_way():
+    floors = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+    assert {room for _, room in modules()} == floors.keys()
+    for path, room in modules():
+        for imported in imports(path):
+            name = path.relative_to(PACKAGE)
+            same = imported == room or {imported, room} <= BASE
+            assert same or floors[imported] < floors[room], f"{name} imports {imported}"
+
+
+def test_imports_between_files_make_no_circle():
+    paths = {dotted(path): path for path in PACKAGE.rglob("*.py")}
+    graph = {}
+    for name, path in paths.items():
+        found = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom) and n.module]
+        named = [(node.module, f"{node.module}.{alias.name}") for node in found for alias in node.names]
+        graph[name] = {file if file in paths else module for module, file in named} & paths.keys()
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def dotted(path):
+    """The name that a file is imported by."""
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def test_files_and_functions_are_short():

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from compile_modes import backend, logs
+from compile_modes import logs
+from compile_modes.backend import entry as backend
 from compile_modes.errors import CaptureError, ModeWarning
 
 from nets import Recurrent, Small  # isort: skip

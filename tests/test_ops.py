@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from compile_modes import ops
-from compile_modes.ops import TABLE, ModeOp, lookup
+from compile_modes.graph import ops
+from compile_modes.graph.ops import TABLE, ModeOp, lookup
 
 # Names of arguments that carry a mode, in any aten schema.
 MODE_ARGUMENTS = {"train", "training", "is_training", "use_input_stats", "dropout_p", "dropout"}

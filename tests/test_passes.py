@@ -15,8 +15,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import compile_modes as cm
-from compile_modes import passes
 from compile_modes._compat.frames import graphs_compiled
+from compile_modes.backend import mode_pass as passes
 
 from nets import IMAGE, Activations, ConvNet, Parent, Regions, Small  # isort: skip
 from oracle import same_state  # isort: skip
@@ -216,7 +216,7 @@ def test_equal_passes_are_one():
 
 
 def test_the_uuid_covers_sources(monkeypatch, tmp_path):
-    from compile_modes import passes
+    from compile_modes.backend import mode_pass as passes
 
     (tmp_path / "passes.py").write_text("")
     before = cm.ModePass().uuid()

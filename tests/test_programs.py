@@ -14,8 +14,8 @@ from torch import nn
 from torch._ops import HigherOrderOperator, OpOverload
 
 import compile_modes as cm
-from compile_modes.bodies import bodies
-from compile_modes.programs import baked
+from compile_modes.exported.programs import baked
+from compile_modes.graph.bodies import bodies
 
 from nets import (  # isort: skip
     IMAGE, Activations, Attention, Auxiliary, ConvNet, DropBlock, DropPath, EveryFlag, MixedMask, Norms, Recurrent,

@@ -10,7 +10,7 @@ from torch import nn
 
 import compile_modes as cm
 from compile_modes._compat.frames import graphs_compiled
-from compile_modes.recompose import recompose
+from compile_modes.exported.recompose import recompose
 
 from nets import IMAGE, Activations, Attention, ConvNet, Norms, Recurrent, Small, UnusedNorm, UserCounter  # isort: skip
 from oracle import agrees, literals, same_outputs, same_state, text  # isort: skip

@@ -7,11 +7,12 @@ import torch
 from torch import fx, nn
 
 import compile_modes as cm
-from compile_modes import _compat, staging
+from compile_modes import _compat
 from compile_modes._compat.frames import graphs_compiled
-from compile_modes.bodies import module_path
+from compile_modes.forms.lower import lower
 from compile_modes.forms.recurrent import split_layers
-from compile_modes.sites import add_note, note, sites
+from compile_modes.graph.bodies import module_path
+from compile_modes.graph.sites import add_note, note, sites
 
 from nets import Checkpointed, RecurrentStack  # isort: skip
 from oracle import agrees, text  # isort: skip
@@ -281,7 +282,7 @@ class TestSplitLayers:
         assert [site.node for site in split_layers(gm, sites(gm))[1]] == [call]
         assert text(gm) == before
         with pytest.warns(cm.ModeWarning, match="without its dropout between layers"):
-            staging.in_form(gm, sites(gm))
+            lower(gm, sites(gm))
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from torch import nn
 
 import compile_modes as cm
 from compile_modes._compat.frames import graphs_compiled
-from compile_modes.gates import GATES
+from compile_modes.graph.calls import GATES
 
 from nets import IMAGE, DropBlock, DropPath, MixedMask, Residual, Sampler  # isort: skip
 from oracle import agrees, same_outputs, text  # isort: skip

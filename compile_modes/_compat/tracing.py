@@ -1,12 +1,34 @@
-"""The graph that ``make_fx`` is tracing, to write into by hand."""
+"""AOTAutograd's tracer, and the graph that it is tracing, to write into by hand."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, track_tensor_tree
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    make_fx,
+    track_tensor_tree,
+)
 from torch.utils import _pytree as pytree
+
+
+def trace(function: Callable[..., Any], inputs: Sequence[Any], values: Sequence[Any]) -> fx.GraphModule:
+    """AOTAutograd's tracer; ``pre_dispatch`` keeps composite ops such as ``batch_norm`` and ``dropout`` whole."""
+    # Not tracing_mode="fake": it makes new fakes in the mode that Dynamo keeps for the backend, which know nothing of
+    # the item() of a scalar input.
+    modes = [value.fake_mode for value in values if isinstance(value, FakeTensor)]
+    with modes[0] if modes else contextlib.nullcontext():
+        return make_fx(function, pre_dispatch=True, tracing_mode="real")(*inputs)
+
+
+def trace_in_place_of(node: fx.Node, function: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule:
+    """Traces a function to ATen before autograd, on fake tensors; each new node takes over the meta of ``node``."""
+    with fx.traceback.preserve_node_meta(), fx.traceback.set_current_meta(node):
+        return trace(function, inputs, inputs)
 
 
 class Recorder:

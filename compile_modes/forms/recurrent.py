@@ -13,9 +13,9 @@ import torch
 from torch import fx, nn
 
 from compile_modes import _compat
-from compile_modes.bodies import Body, bodies
-from compile_modes.capture import trace_in_place_of
-from compile_modes.sites import Site
+from compile_modes._compat.tracing import trace_in_place_of
+from compile_modes.graph.bodies import Body, bodies
+from compile_modes.graph.sites import Site
 
 _Layer = Callable[[dict[str, Any]], tuple[torch.Tensor, ...]]
 _LSTM = torch.ops.aten.lstm.input

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import compile_modes as cm
-from compile_modes.dual import DualModule
+from compile_modes.graph.dual import DualModule
 
 from oracle import agrees, text  # isort: skip
 from zoo import prepared  # isort: skip

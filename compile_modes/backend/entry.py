@@ -1,0 +1,201 @@
+"""The backend ``pt2e_modes``: capture before autograd, put every site into its mode, hand over to Inductor."""
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export.unflatten import UnflattenedModule
+
+from compile_modes import _compat, logs
+from compile_modes._compat import frames
+from compile_modes.backend.capture import capture
+from compile_modes.backend.mode_vectors import make_room
+from compile_modes.backend.nested_regions import separate
+from compile_modes.backend.options import Options
+from compile_modes.backend.overrides import put_into_modes
+from compile_modes.backend.owners import Names, name_owners
+from compile_modes.backend.unreached import watch, watch_for
+from compile_modes.errors import CaptureError, ModeWarning
+from compile_modes.forms.lower import lower
+from compile_modes.forms.saved_reads import keyed
+from compile_modes.graph.bodies import origin
+from compile_modes.graph.functional import is_kept
+from compile_modes.graph.sites import BOUND, Site, sites
+from compile_modes.messages import warn_once
+
+_warned_modules: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
+
+def pt2e_modes(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The backend: ``torch.compile(m, backend="pt2e_modes", mode=..., options=...)``.
+
+    Each site is compiled in the mode that Dynamo read from its owner's ``training``, and Dynamo guards on that read,
+    so that every combination of modes in use compiles once. Options ask for something else:
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: its inputs.
+        mode: as for stock ``torch.compile``.
+        options: ``training``: None follows the flags, True or False forces all sites. ``overrides``:
+            ``{owner glob: "train" | "eval"}``, first match wins. ``dropout_p``: ``{owner glob: probability}`` of
+            attention that is put into train, but was traced in eval, where its probability is lost (torch's own
+            ``MultiheadAttention`` is asked). Owners go by the names of ``named_modules()`` of the compiled module.
+            ``mode_vectors``: how many combinations of modes to keep compiled per function, those used last; without
+            it, Dynamo's ``recompile_limit`` holds, beyond which the function runs in eager mode. Anything else is an
+            option of Inductor.
+
+    Returns:
+        What Inductor compiled.
+
+    Raises:
+        OptionError: an unknown option or mode, or an unusable value.
+        OverrideError: a pattern matches no site, or a site can't be put into the mode asked for.
+        CaptureError: the graph can't be retraced and modes were asked for.
+
+    Warns:
+        ModeWarning: the graph, or a part of it that has modes, can't be retraced, and goes to Inductor as it came; or
+            it holds an exported module that is not bound; or Dynamo will not compile the next new combination of modes.
+    """
+    frames.at_compilations(_at_compilation)  # once more, for torch._dynamo.reset() forgets it
+    parsed = Options.parse(mode, options)
+    compile_fx = keyed(_compat.inductor(mode, dict(parsed.inductor)))
+    frames.name_graph_module()
+    _warn_unbound(frames.frame_modules())
+    if full := make_room((mode, repr(parsed)), parsed.mode_vectors):
+        warn_once(full)
+    try:
+        captured = capture(gm, example_inputs)
+    except CaptureError as error:
+        if parsed.explicit:
+            raise
+        logs.left_to_stock(str(error))
+        warn_once(f"pt2e_modes hands a graph to Inductor as it came.\n{error}")
+        return compile_fx(lower(gm, sites(gm)), example_inputs)
+    if parsed.explicit:
+        separate(captured)
+    found, names = sites(captured), Names.of_frame()
+    name_owners(captured, found, names)
+    logs.graph("captured", captured)
+    if not parsed.explicit:
+        logs.modes(found, None)
+        _warn_kept(found)
+        return _compile_either(compile_fx, lower(captured, found), gm, example_inputs)
+    whole = frames.is_whole_frame(gm)
+    watch(parsed.training, parsed.overrides, (site.owner for site in found), whole=whole)
+    outside: dict[Site, nn.Module] = {}  # batch norms whose counter the graph can't reach
+    changed = put_into_modes(
+        captured,
+        found,
+        names,
+        parsed.training,
+        parsed.overrides,
+        parsed.dropout_p,
+        whole=whole,
+        refusal=lambda site, training: _refusal(site, training, outside),
+    )
+    captured = lower(captured, found)
+    logs.graph("rewritten", captured)
+    compiled = compile_fx(captured, example_inputs)
+    advanced = [weakref.ref(outside[site]) for site in changed if site in outside]
+    return _advancing(compiled, advanced) if advanced else compiled
+
+
+def _at_compilation(_: Any) -> None:
+    watch_for(pt2e_modes)
+
+
+frames.at_compilations(_at_compilation)
+pt2e_modes.reset = _compat.reset_inductor  # type: ignore[attr-defined]  # torch.compiler.reset() calls it
+
+
+def _compile_either(
+    compile_fx: Callable[..., Callable[..., Any]],
+    captured: fx.GraphModule,
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+) -> Callable[..., Any]:
+    """Compiles the captured graph, or, should Inductor fail on it, the graph that stock Inductor would have got."""
+    logs.graph("rewritten", captured)
+    try:
+        return compile_fx(captured, example_inputs)
+    except _compat.CONTROL_FLOW:
+        raise
+    except Exception as error:  # Inductor's own; if the reason is not our stage, the second attempt raises it
+        compiled = compile_fx(lower(gm, sites(gm)), example_inputs)
+        first_line = (str(error).splitlines() or [""])[0]
+        logs.left_to_stock(f"{type(error).__name__}: {error}")
+        warn_once(f"pt2e_modes hands a graph to Inductor as it came: {type(error).__name__}: {first_line}")
+        return compiled
+
+
+def _refusal(site: Site, training: bool, outside: dict[Site, nn.Module]) -> str:
+    """As :meth:`Site.refusal`, but a counter that Dynamo's eval graph lacks can be advanced beside the graph."""
+    why = site.refusal(training)
+    if not why or not training or site.counter is None or site.step is not None or site.counter_at is not None:
+        return why
+    running_mean = origin(site.body, site.read(site.op.stats[0]))
+    owner = frames.pin_owner(running_mean) if running_mean is not None and running_mean.op == "placeholder" else None
+    if owner is None:
+        return why
+    if isinstance(getattr(owner, "num_batches_tracked", None), torch.Tensor):
+        outside[site] = owner
+    site.counter = None
+    return site.refusal(training)
+
+
+def _advancing(compiled: Callable[..., Any], owners: list["weakref.ref[nn.Module]"]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        for owner in owners:
+            module = owner()
+            assert module is not None, "Dynamo's guards keep calls of dead modules away"
+            module.num_batches_tracked.add_(1)  # type: ignore[operator]
+        return compiled(*args)
+
+    return run
+
+
+def _warn_kept(found: Sequence[Site]) -> None:
+    left = sorted({f"{site.op} (owner {site.owner!r})" for site in found if is_kept(site.op)})
+    if left:
+        warn_once(
+            "pt2e_modes hands a part of a graph to Inductor as it came, in the modes that its modules are in. "
+            f"Overrides would not reach {', '.join(left[:3])}{', ...' if left[3:] else ''}"
+        )
+
+
+def _exported(module: nn.Module) -> Iterator[nn.Module]:
+    if isinstance(module, fx.GraphModule | UnflattenedModule):
+        yield module
+    else:
+        for child in module.children():
+            yield from _exported(child)
+
+
+def _warn_unbound(roots: Sequence[nn.Module]) -> None:
+    for root in roots:
+        for module in _exported(root):
+            if module in _warned_modules:
+                continue
+            found = [
+                s
+                for s in sites(module)
+                if s.training is not None and (s.op.whole or not s.op.refusal) and not s.hard_coded
+            ]
+            bound = getattr(module, "meta", {}).get(BOUND) or any(site.bound for site in found)
+            if found and not bound:
+                _warned_modules.add(module)
+                warnings.warn(
+                    f"an exported module with {len(found)} mode-dependent sites is compiled as it was exported: "
+                    "train() and eval() do not reach them. Call compile_modes.bind(module) before torch.compile.",
+                    ModeWarning,
+                    stacklevel=2,
+                )

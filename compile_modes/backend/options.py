@@ -1,0 +1,59 @@
+"""The backend's options, validated, and told from Inductor's."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from compile_modes.errors import OptionError
+from compile_modes.graph.requests import check_overrides, check_probabilities
+
+_OWN_OPTIONS = ("training", "overrides", "dropout_p", "mode_vectors")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The backend's options, split into ours and Inductor's."""
+
+    training: bool | None = None
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    dropout_p: Mapping[str, float] = field(default_factory=dict)
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+    mode_vectors: int | None = None
+
+    @property
+    def explicit(self) -> bool:
+        """Whether modes are asked for that the module's flags don't say."""
+        return self.training is not None or bool(self.overrides)
+
+    @classmethod
+    def parse(cls, mode: str | None, options: Mapping[str, Any] | None) -> "Options":
+        """Validates ``mode=`` and ``options=`` of ``torch.compile``; raises OptionError."""
+        modes = list(torch._inductor.list_mode_options())
+        if mode is not None and mode != "default" and mode not in modes:
+            raise OptionError(f"{mode!r} is not a mode of torch.compile", where="mode", remedy=_near(mode, modes))
+        given = dict(options or {})
+        training = given.pop("training", None)
+        overrides = check_overrides(training, given.pop("overrides", None))
+        dropout_p = check_probabilities(given.pop("dropout_p", None))
+        vectors = given.pop("mode_vectors", None)
+        if vectors is not None and (type(vectors) is not int or vectors < 1):
+            raise OptionError(
+                f"mode_vectors is {vectors!r}", where="options", remedy="pass how many to keep, at least 1"
+            )
+        known = torch._inductor.list_options()
+        for key in given:
+            if key.replace("-", "_") not in known:
+                raise OptionError(
+                    f"{key!r} is an option neither of pt2e_modes nor of Inductor",
+                    where="options",
+                    remedy=_near(key, [*_OWN_OPTIONS, *known]),
+                )
+        return cls(training, overrides, dropout_p, given, vectors)
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3)
+    return f"did you mean {', '.join(map(repr, near))}?" if near else f"known: {', '.join(known[:6])}, ..."

@@ -1,0 +1,210 @@
+"""Modes that options ask for against the flags: what a trace made under other flags lacks, and what it can't give."""
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+
+from torch import fx, nn
+
+from compile_modes import logs
+from compile_modes._compat import frames
+from compile_modes.backend.owners import Names
+from compile_modes.errors import OverrideError
+from compile_modes.graph.folding import unfold_literals
+from compile_modes.graph.requests import MODES, no_match, owner_matches
+from compile_modes.graph.rewrite import Report, apply, assign
+from compile_modes.graph.sites import Site, add_note
+from compile_modes.messages import warn_once
+
+# Read their flag to choose between a fast path and the same computation in parts.
+_SAME_IN_BOTH = (nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.MultiheadAttention)
+
+
+def put_into_modes(
+    captured: fx.GraphModule,
+    found: Sequence[Site],
+    names: Names,
+    training: bool | None,
+    overrides: Mapping[str, str],
+    dropout_p: Mapping[str, float] | None = None,
+    *,
+    whole: bool,
+    refusal: Callable[[Site, bool], str] = Site.refusal,
+) -> tuple[Site, ...]:
+    """Rewrites a captured graph as asked, in place.
+
+    Args:
+        captured: the graph.
+        found: its sites, owners under their full names.
+        names: what is known of the modules of the compilation.
+        training: the mode for all sites that no override names.
+        overrides: ``{owner glob: "train" | "eval"}``.
+        dropout_p: ``{owner glob: probability}`` of attention that was traced in eval.
+        whole: whether the graph is all of a function, so that a pattern that matches nothing is an error; otherwise it
+            may be meant for another part.
+        refusal: why a site can't be put into a mode.
+
+    Returns:
+        The sites that were put into another mode.
+
+    Raises:
+        OverrideError: a pattern matches no site, or a site can't be put into the mode asked for.
+
+    Warns:
+        ModeWarning: modules are asked to be in another mode than their flag says, which Python has read.
+    """
+    owners = {site.owner for site in found}
+    if overrides:
+        names.pin()
+    supply_dropout(found, dropout_p or {}, names)
+    check_recurrent(names, training, overrides)
+    if whole:
+        overrides = check_patterns(overrides, found, names)
+    else:
+        check_names(overrides, names.everything)
+        overrides = {p: m for p, m in overrides.items() if any(owner_matches(o, p) for o in owners)}
+    if decided := decided_by_python(found, names, training, overrides):
+        warn_once(
+            f"{', '.join(decided[:5])} read their training flag in Python, where options can't reach: what "
+            "depends on it stays as the flag says.\n  what to do: set the flag, by train() or eval() of the module",
+            id(names.everything.get("")), training, *overrides.items(),
+        )  # fmt: skip
+    report = apply(captured, assign(found, training, overrides), refusal)
+    if report.refused:
+        raise refused(report)
+    logs.modes(found, report)
+    unfold_literals(captured)
+    captured.recompile()
+    return report.changed
+
+
+def wanted(owner: str, training: bool | None, overrides: Mapping[str, str]) -> bool | None:
+    """The mode that options ask for an owner: that of the first pattern that matches, else ``training``."""
+    named = (MODES[mode] for pattern, mode in overrides.items() if owner_matches(owner, pattern))
+    return next(named, training)
+
+
+def supply_dropout(found: Iterable[Site], dropout_p: Mapping[str, float], names: Names) -> None:
+    """Notes the probability of each dropout, in attention mostly, that an eval trace has lost, where it is known.
+
+    It is what ``dropout_p`` says, ``{owner glob: probability}``, or what torch's own attention module keeps.
+    """
+    for site in found:
+        if site.training is not False or not site.lacks_p:
+            continue
+        module = names.modules.get(site.owner)
+        named = [p for pattern, p in dropout_p.items() if owner_matches(site.owner, pattern)]
+        p = named[0] if named else module.dropout if isinstance(module, nn.MultiheadAttention) else None
+        # Traced in train mode, and still without dropout. Exported modules only look alike: bind() has warned of them.
+        never = module is not None and module.training and type(module) is not nn.Module and not _exported(module)
+        if p:
+            add_note(site.node, p=float(p))
+        elif p is not None or never:
+            site.modeless = True
+
+
+def _exported(module: nn.Module) -> bool:
+    return isinstance(module, fx.GraphModule)
+
+
+def check_patterns(overrides: Mapping[str, str], found: Sequence[Site], names: Names) -> dict[str, str]:
+    """Raises OverrideError for patterns that no site can answer, with the reason where that is known.
+
+    A pattern that simply matches nothing is left to :func:`compile_modes.graph.rewrite.assign`.
+
+    Returns:
+        The overrides without those that only name modules of which Python has read that mode already.
+    """
+    owners = {site.owner for site in found}
+    left = dict(overrides)
+    for pattern, mode in overrides.items():
+        if any(owner_matches(owner, pattern) for owner in owners):
+            continue
+        read = sorted(name for name in names.read if owner_matches(name, pattern))
+        if read and all(name in names.modules and names.modules[name].training is MODES[mode] for name in read):
+            del left[pattern]
+            continue
+        unclear = {
+            n for n in names.unclear for name in names.modules if _is_below(name, n) and owner_matches(name, pattern)
+        }
+        if unclear:
+            raise OverrideError(
+                f"the pattern {pattern!r} names parts of one of several exported modules that can't be told apart",
+                where=f"overrides[{pattern!r}], {', '.join(sorted(names.unclear))}",
+                remedy="set the flag, by train() or eval(): they have no state, by which a graph would show them",
+            )
+        fused = [s for s in found if s.op.inference and any(owner_matches(n, pattern) for n in _below(s.owner, names))]
+        if fused:
+            raise OverrideError(
+                f"the pattern {pattern!r} names parts of a fused kernel of inference",
+                where=f"overrides[{pattern!r}], {fused[0]}",
+                remedy="call torch.backends.mha.set_fastpath_enabled(False) first, or run the model with gradients",
+            )
+        if read:
+            raise OverrideError(
+                f"the pattern {pattern!r} names modules that have no mode-dependent op: Python reads their flag",
+                where=f"overrides[{pattern!r}], {', '.join(read[:3])}",
+                remedy="set the flag itself, by train() or eval() of that module",
+            )
+    return left
+
+
+def check_names(overrides: Mapping[str, str], everything: Collection[str]) -> None:
+    """Raises OverrideError for patterns that match no module at all, where not all sites are at hand.
+
+    ``everything`` holds the names of all modules; if it is empty, they are not known.
+    """
+    for pattern in overrides if everything else ():
+        if not any(owner_matches(name, pattern) for name in everything):
+            raise no_match(pattern, sorted(everything), "overrides", "part of the module, let alone a")
+
+
+def _below(owner: str, names: Names) -> list[str]:
+    return [name for name in names.modules if _is_below(name, owner)]
+
+
+def _is_below(name: str, owner: str) -> bool:
+    return not owner or name.startswith(owner + ".")
+
+
+def decided_by_python(
+    found: Iterable[Site], names: Names, training: bool | None, overrides: Mapping[str, str]
+) -> list[str]:
+    """Modules, with their class, that are asked to be in another mode than their flag says, but have no site.
+
+    What depends on their mode is Python's decision, which Dynamo has traced as the flag says.
+    """
+    undecided = names.read - {site.owner for site in found}
+    return sorted(
+        f"{name!r} ({type(module).__name__})"
+        for name in undecided
+        if (module := names.modules.get(name)) is not None
+        and wanted(name, training, overrides) not in (None, module.training)
+        and not isinstance(module, _SAME_IN_BOTH)
+    )
+
+
+def check_recurrent(names: Names, training: bool | None, overrides: Mapping[str, str]) -> None:
+    """Raises OverrideError for recurrent modules that Dynamo leaves to eager mode, where only their flag counts."""
+    if frames.traces_rnns():
+        return
+    for name, module in {**names.everything, **names.modules}.items():
+        drops = isinstance(module, nn.RNNBase) and module.dropout and module.num_layers > 1
+        if drops and wanted(name, training, overrides) not in (None, module.training):
+            raise OverrideError(
+                f"Dynamo leaves {type(module).__name__} modules to eager mode, where options can't reach",
+                where=f"owner {name!r}",
+                remedy="set torch._dynamo.config.allow_rnn = True, or set the flag, by train() or eval()",
+            )
+
+
+def refused(report: Report) -> OverrideError:
+    """The error for sites that can't be put into the mode that was asked for."""
+    lost = sorted({site.owner for site, _ in report.refused if site.lacks_p and not site.op.inference})
+    first = report.refused[0][0]
+    example = f"{{{first.owner!r}: {'train' if first.training else 'eval'!r}}}"
+    remedy = f"leave them out by a pattern of their own that comes first, such as {example}"
+    if lost:
+        remedy += f"; or say what it has lost, 0.0 for none: options={{'dropout_p': {{{lost[0]!r}: 0.1}}}}"
+    lines = [f"  {site}: {why}" for site, why in report.refused]
+    return OverrideError(
+        f"{len(lines)} sites can't be put into the mode that was asked for:\n" + "\n".join(lines), remedy=remedy
+    )

@@ -1,0 +1,252 @@
+"""``warmup``: compile all modes before they are needed, and leave no other trace."""
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from compile_modes._compat.cache import is_compiled
+from compile_modes._compat.frames import graphs_compiled
+from compile_modes.backend.snapshot import Snapshot
+from compile_modes.console import progress as progress_bar
+from compile_modes.errors import CompileModesError, OptionError, OverrideError, WarmupError
+from compile_modes.graph.requests import MODES, check_overrides, owner_matches
+
+Mode = str | Mapping[str, str]
+Grad = bool | str  # True, False or "inference"
+_GRADS: tuple[Grad, ...] = (True, False, "inference")
+_DEFAULT_GRADS: dict[bool, tuple[Grad, ...]] = {True: (True,), False: (False,)}
+
+
+def warmup(
+    module: nn.Module,
+    *args: Any,
+    modes: Mode | Sequence[Mode] = ("train", "eval"),
+    grad: Grad | Sequence[Grad] | Mapping[str, Grad | Sequence[Grad]] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> int:
+    """Compiles a compiled module in all the modes that it will be used in, so that no later call stalls.
+
+    The module is called once per mode and grad mode, under the ambient autocast; with grad, a backward pass through
+    all its outputs follows, for backward graphs are compiled when they are first needed. No gradient is accumulated
+    for that: hooks on the accumulation (DDP's reduction, optimizers in backward) do not run. Only ``fully_shard``,
+    which needs them, gets a real ``backward()``.
+
+    Afterwards everything is as before, also if a call raises: parameters, buffers, ``.grad`` and the tensors among the
+    arguments, by identity and by value; each submodule's ``training``; the generators of torch (CPU and CUDA), Python
+    and NumPy. That takes memory for one more copy of these tensors meanwhile. Not restored, for no one can list it:
+    Python state and tensors that forward keeps elsewhere, and whatever hooks of yours do, which run.
+
+    Calls with other shapes or dtypes, under other autocast settings, or with inputs that require grad where these
+    don't, compile again.
+
+    Args:
+        module: an ``OptimizedModule``, a module compiled in place, or one that contains such modules; any backend.
+        args: what it will be called with.
+        modes: ``"train"`` and ``"eval"`` call ``train()`` and ``eval()``; ``"current"`` keeps the flags as they are;
+            a mapping ``{glob of names in named_modules(): "train" | "eval"}`` changes the flags of the modules that it
+            names (first match wins; ``""`` is the root, and ``"layer1"`` does not reach below itself). Frozen layers in
+            training are ``{"layer1*": "eval", "*": "train"}``.
+        grad: which grad modes to compile: True, False (``no_grad``), ``"inference"`` (``inference_mode``), several of
+            them, or a mapping of ``"train"`` and ``"eval"``, the mode of the root, to these. None stands for
+            ``{"train": True, "eval": False}``.
+        kwargs: keyword arguments of the call.
+        progress: whether to show a progress bar, if rich is installed.
+
+    Returns:
+        How many graphs were compiled.
+
+    Raises:
+        WarmupError: nothing in ``module`` is compiled, its parameters are not initialised yet, or a call raised.
+        OptionError: ``modes`` or ``grad`` is not usable.
+        OverrideError: a glob matches no module.
+    """
+    _check(module)
+    steps = _steps(module, modes, grad)
+    before = graphs_compiled()
+    snapshot = Snapshot(module, (args, kwargs))
+
+    def restore() -> None:
+        for sharded in _sharded(module):
+            sharded.reshard()  # the root stays whole after forward
+        snapshot.restore()
+
+    try:
+        with progress_bar("warm-up", [step.title for step in steps], progress) as advance:
+            for step in steps:
+                _set_modes(module, step.mode)
+                _run(module, step, args, kwargs or {})
+                restore()
+                advance()
+    finally:
+        restore()
+    return graphs_compiled() - before
+
+
+@dataclass(frozen=True)
+class _Step:
+    mode: Mode
+    grad: Grad
+
+    @property
+    def title(self) -> str:
+        mode = (
+            self.mode
+            if isinstance(self.mode, str)
+            else ", ".join(f"{k or '(root)'}: {v}" for k, v in self.mode.items())
+        )
+        return mode + {True: "", False: ", no_grad", "inference": ", inference_mode"}[self.grad]
+
+
+def _steps(module: nn.Module, modes: Any, grad: Any) -> list[_Step]:
+    """Validates everything that can be before a module is touched."""
+    modes = [modes] if isinstance(modes, str | Mapping) else modes
+    if not isinstance(modes, Sequence) or not modes:
+        raise OptionError(f"modes is {modes!r}", where="modes", remedy='pass ("train", "eval")')
+    if isinstance(grad, Mapping) and not grad.keys() <= MODES.keys():
+        raise OptionError(f"grad has keys {list(grad)}", where="grad", remedy="use 'train' and 'eval'")
+    return [
+        _Step(mode, wanted)
+        for i, mode in enumerate(modes)
+        for wanted in _grads(grad, _checked_mode(module, mode, f"modes[{i}]"))
+    ]
+
+
+def _checked_mode(module: nn.Module, mode: Any, where: str) -> bool:
+    """The root's mode in one entry of ``modes``."""
+    if isinstance(mode, str) and mode in (*MODES, "current"):
+        return MODES.get(mode, module.training)
+    if not isinstance(mode, Mapping):
+        raise OptionError(
+            f"{mode!r} is not a mode", where=where, remedy="use 'train', 'eval', 'current' or {'layer1*': 'eval'}"
+        )
+    check_overrides(None, mode, where)
+    names = list(dict.fromkeys(name for name, _ in _named_modules(module)))
+    for pattern in mode:
+        if not any(owner_matches(name, pattern) for name in names):
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or names[1:4]
+            raise OverrideError(
+                f"the pattern {pattern!r} matches no module",
+                where=where,
+                remedy=f"names here: {', '.join(map(repr, near))}" if near else "the module has no submodules",
+            )
+    return _asked(mode, "", module.training)
+
+
+def _grads(grad: Any, training: bool) -> Sequence[Grad]:
+    if isinstance(grad, Mapping):
+        grad = grad.get("train" if training else "eval")
+    if grad is None:
+        return _DEFAULT_GRADS[training]
+    wanted = [grad] if isinstance(grad, bool | str) else grad
+    if (
+        not isinstance(wanted, Sequence)
+        or not wanted
+        or not all(isinstance(g, bool | str) and g in _GRADS for g in wanted)
+    ):
+        raise OptionError(
+            f"{grad!r} is not a grad mode", where="grad", remedy='use True, False, "inference" or several'
+        )
+    return wanted
+
+
+def _check(module: nn.Module) -> None:
+    if not isinstance(module, nn.Module) or not any(is_compiled(m) for m in module.modules()):
+        raise WarmupError(
+            f"nothing in {type(module).__name__} is compiled",
+            remedy='pass what torch.compile(module, backend="pt2e_modes") returns, or call module.compile() before',
+        )
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if nn.parameter.is_lazy(tensor):
+            raise WarmupError("a lazy module is not initialised yet", where=name, remedy="call the eager module once")
+
+
+def _named_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules with their names as the user knows them, without what torch.compile wraps around modules."""
+    for name, submodule in module.named_modules():
+        yield ".".join(part for part in name.split(".") if part != "_orig_mod"), submodule
+
+
+def _set_modes(module: nn.Module, mode: Mode) -> None:
+    if mode in ("train", "eval"):
+        module.train(mode == "train")  # which a class may override, to keep its batch norms in eval
+    elif isinstance(mode, Mapping):
+        for name, submodule in _named_modules(module):
+            submodule.training = _asked(mode, name, submodule.training)
+
+
+def _asked(mode: Mapping[str, str], name: str, otherwise: bool) -> bool:
+    return next((MODES[m] for pattern, m in mode.items() if owner_matches(name, pattern)), otherwise)
+
+
+def _run(module: nn.Module, step: _Step, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    try:
+        torch.compiler.cudagraph_mark_step_begin()
+        with torch.inference_mode(step.grad == "inference"), torch.set_grad_enabled(step.grad is True):
+            own_args, own_kwargs = pytree.tree_map(_cut_off, (tuple(args), dict(kwargs)))
+            outputs = module(*own_args, **own_kwargs)
+            if step.grad is True:
+                _differentiate(outputs, accumulate=bool(_sharded(module)))
+    except CompileModesError:
+        raise
+    except Exception as error:  # whatever the user's model, its hooks or a compiler raises
+        first_line = (str(error).splitlines() or [""])[0]
+        raise WarmupError(
+            f"the module raised {type(error).__name__}: {first_line}",
+            where=f"warm-up in mode {step.title!r}",
+            remedy="call it with the same arguments, uncompiled; the module is as it was before the warm-up",
+        ) from error
+
+
+def _cut_off(value: Any) -> Any:
+    """The very tensor, for Dynamo guards on layout and aliases; its history, which is the caller's, is left alone."""
+    if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+        return value.detach().requires_grad_()
+    return value
+
+
+def _sharded(module: nn.Module) -> list[Any]:
+    """The modules to which ``fully_shard`` was applied."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # or else it was not
+    return [m for m in module.modules() if isinstance(m, fsdp.FSDPModule)] if fsdp is not None else []
+
+
+def _differentiate(outputs: Any, accumulate: bool) -> None:
+    """Runs backward from all outputs to all leaves, without accumulating into ``.grad`` unless ``accumulate``."""
+    roots = [t for t in _tensors(outputs) if t.requires_grad]
+    leaves = _leaves(roots)
+    ones = [torch.ones_like(t) for t in roots]
+    if accumulate:  # fully_shard puts parameters away when their gradients arrive
+        torch.autograd.backward(roots, ones)
+    elif leaves:
+        torch.autograd.grad(roots, leaves, ones, allow_unused=True)
+
+
+def _tensors(outputs: Any) -> Iterator[torch.Tensor]:
+    for value in pytree.tree_leaves(outputs):
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif dataclasses.is_dataclass(value):
+            yield from _tensors([getattr(value, field.name) for field in dataclasses.fields(value)])
+
+
+def _leaves(roots: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The leaves that autograd would accumulate gradients into: parameters, inputs, and tensors from anywhere else."""
+    found: dict[int, torch.Tensor] = {id(t): t for t in roots if t.grad_fn is None}
+    seen, waiting = set(), [t.grad_fn for t in roots]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(leaf := getattr(node, "variable", None), torch.Tensor):
+            found[id(leaf)] = leaf
+        waiting += [following for following, _ in node.next_functions]
+    return list(found.values())

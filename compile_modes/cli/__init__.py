@@ -1,0 +1,4 @@
+"""The command line: ``compile-modes`` demo, explain and bake.
+
+Imports every other folder; nothing imports it.
+"""

@@ -1,0 +1,92 @@
+"""Literals that a tool has replaced by its own defaults, put back from the program that it was given."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from compile_modes import _compat
+from compile_modes.errors import BindError
+from compile_modes.graph.bodies import bodies, join, state_path
+from compile_modes.graph.edits import set_argument
+from compile_modes.graph.rewrite import editable
+from compile_modes.graph.sites import Site, sites
+
+_ADD = torch.ops.aten.add.Tensor
+_Key = tuple[str, str]
+
+
+def restore_literals(module: nn.Module, exported: Any) -> list[str]:
+    """Gives the sites of a module the literals that they had in the program that it was made from, in place.
+
+    ``prepare_qat_pt2e`` puts a pattern with eps 1e-5 and momentum 0.1 in the place of each convolution with batch norm,
+    whatever the model had; flips by torchao also lose the p of dropouts. Sites are matched by their statistics or their
+    owner, and only literals change: eps, momentum and p. The eps that such a pattern adds to ``running_var`` itself is
+    put right as well.
+
+    Args:
+        module: the prepared GraphModule, bound or not, or an OptimizedModule around it.
+        exported: the program before, or anything else that :func:`compile_modes.sites` takes.
+
+    Returns:
+        What has changed, a line each, such as ``"bn: eps 1e-05 -> 0.001"``.
+
+    Raises:
+        BindError: ``module`` can't be edited, or has sites and none of them is in ``exported``.
+    """
+    root = editable(module)
+    found, before = sites(root), _literals(sites(exported))
+    if found and not any(_key(site) in before for site in found):
+        raise BindError(
+            "no site of the module is in the program",
+            where=", ".join(sorted({home or "(root)" for home, _ in map(_key, found)})),
+            remedy="pass the program that the module was made from",
+        )
+    changed: list[str] = []
+    edited: set[nn.Module] = set()
+    stds = _variances(root)
+    for site in found:
+        for name, value in before.get(_key(site), {}).items():
+            old = site.literals.get(name)
+            if old == value or not isinstance(old, float) or (name == site.op.p and site.op.flag is None):
+                continue
+            set_argument(site, name, value)
+            edited.add(site.body.module)
+            home = _key(site)[0]
+            changed.append(f"{home or '(root)'}: {name} {old} -> {value}")
+            for owner, node in stds.pop((home, old), ()) if name in ("eps", "epsilon") else ():
+                node.update_arg(1, value)
+                edited.add(owner)
+    for edited_module in edited:
+        _compat.refresh(edited_module)
+    return changed
+
+
+def _key(site: Site) -> _Key:
+    """Whose site it is, also where a tool has put a pattern of its own, which knows no owners, in its place."""
+    stats = state_path(site.body, site.read(site.op.stats[0])) if site.op.stats else None
+    return (site.owner if stats is None else stats.rpartition(".")[0]), site.op.family
+
+
+def _literals(found: Sequence[Site]) -> dict[_Key, dict[str, Any]]:
+    """The literals of each owner, as far as its sites agree on them."""
+    values: dict[_Key, dict[str, set[Any]]] = defaultdict(lambda: defaultdict(set))
+    for site in found:
+        for name, value in site.literals.items():
+            values[_key(site)][name].add(value)
+    return {key: {n: next(iter(v)) for n, v in names.items() if len(v) == 1} for key, names in values.items()}
+
+
+def _variances(root: nn.Module) -> dict[tuple[str, float], list[tuple[nn.Module, fx.Node]]]:
+    """Where a graph itself adds a number to an owner's ``running_var``, by the owner and the number."""
+    found: dict[tuple[str, float], list[tuple[nn.Module, fx.Node]]] = defaultdict(list)
+    for body in bodies(root):
+        for node in body.graph.nodes:
+            if node.target is _ADD and isinstance(node.args[1], float):
+                path = state_path(body, node.args[0]) or ""
+                owner = path.rpartition(".")[0]
+                if path == join(owner, "running_var"):
+                    found[owner, node.args[1]].append((body.module, node))
+    return found

@@ -1,0 +1,245 @@
+"""What :func:`compile_modes.bind` decides before it edits anything: which sites follow which flag, and which can't."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+
+from compile_modes import _compat
+from compile_modes.errors import BindError, OptionError
+from compile_modes.graph.bodies import bodies, is_batch_norm, module_path
+from compile_modes.graph.explain import overriding, reused
+from compile_modes.graph.regions import regions, samplers
+from compile_modes.graph.requests import check_probabilities, no_match, owner_matches
+from compile_modes.graph.sites import KEPT, Site, note, sites
+
+
+@dataclass
+class Plan:
+    """What :func:`bind` is about to do.
+
+    Attributes:
+        first: whether nothing is bound yet, so that the flags are still to be set.
+        program: the mode that most of the program is in.
+        modes: the mode of each owner.
+        bindable: sites to bind, and ``inverted`` those of them that are in train when the flag says eval.
+        stuck: sites that can't be, with the reason.
+        odd: sites at odds with their owner, which keep their literal.
+        kept: sites that the caller wants to keep theirs.
+        overriding: classes of the model that override ``train()``, which a bound module does not call.
+        gone: modules of which an eval export has nothing, except for those that ``keep`` names.
+        unclear: random numbers that may or may not depend on mode.
+        counting: sites that keep their literal, but whose counter follows their owner.
+        supplied: probabilities that the export has lost and the caller knows.
+    """
+
+    first: bool
+    program: bool
+    modes: dict[str, bool]
+    bindable: list[Site]
+    stuck: list[tuple[Site, str]]
+    odd: list[Site]
+    kept: set[Site]
+    unclear: list[fx.Node] = field(default_factory=list)
+    overriding: list[str] = field(default_factory=list)
+    supplied: dict[Site, float] = field(default_factory=dict)
+    inverted: set[Site] = field(default_factory=set)
+    counting: list[Site] = field(default_factory=list)
+    gone: list[str] = field(default_factory=list)
+
+
+def plan_binding(
+    root: nn.Module, keep: Sequence[str], dropout_p: Mapping[str, float] | None = None, gone: Sequence[str] = ()
+) -> Plan:
+    keep = (keep,) if isinstance(keep, str) else keep
+    found = sites(root)
+    drawn = _unclear(root)
+    kept = _kept(found, keep, {*gone, *(module_path(node) for node in drawn)})
+    was_inverted = {site for site in found if note(site.node).get("inverted") and not site.bound}
+    modes, chosen, odd = _choose([site for site in found if site not in kept])
+    supplied = _supplied(found, dropout_p)
+    stuck = [(s, why) for s in chosen if s not in supplied and (why := s.refusal(not s.training))]
+    bindable = [s for s in chosen if s in supplied or not s.refusal(not s.training)]
+    _check_names(root, {site.owner for site in bindable})
+    first = bool(modes) and not any(site.bound for site in found)
+    fused = [f"{site.owner}.*" for site in found if site.op.inference]  # the site says what they have lost
+    unclear = [n for n in drawn if any(modes.values()) and not _matches_any(module_path(n), keep)]
+    return Plan(
+        first,
+        any(modes.values()),
+        modes,
+        bindable,
+        stuck,
+        odd,
+        kept,
+        unclear,
+        overriding(bindable),
+        supplied,
+        was_inverted & set(bindable),
+        gone=[name for name in gone if not _matches_any(name, [*keep, *fused])],
+    )
+
+
+def _kept(found: list[Site], keep: Sequence[str], other_owners: set[str]) -> set[Site]:
+    if not isinstance(keep, Iterable):
+        raise OptionError(f"{keep!r} is not a list of owner globs", where="keep", remedy='pass keep=["head.*"]')
+    owners = sorted({site.owner for site in found} | other_owners)
+    for pattern in keep:
+        if not isinstance(pattern, str):
+            raise OptionError(f"{pattern!r} is not an owner glob", where="keep", remedy='pass keep=["head.*"]')
+        if not any(owner_matches(owner, pattern) for owner in owners):
+            raise no_match(pattern, owners, "keep")
+    kept = {site for site in found if _matches_any(site.owner, keep)}
+    return {site for site in found if not site.bound and (site in kept or note(site.node).get("mode") == KEPT)}
+
+
+def _matches_any(owner: str, patterns: Sequence[str]) -> bool:
+    return any(owner_matches(owner, pattern) for pattern in patterns)
+
+
+def _unclear(root: nn.Module) -> list[fx.Node]:
+    """Random numbers that are not all that their module is for: an eval export may lack them, or not."""
+    found: list[fx.Node] = []
+    clear: set[fx.Node] = set()
+    for body in bodies(root):  # callers first
+        if body.caller in clear:
+            clear.update(body.graph.nodes)
+        elif not body.gated:
+            clear.update(node for region in regions(body) if region.covers for node in region.nodes)
+            found += [n for n in samplers(body) if n not in clear and n.target not in _compat.UNCONDITIONAL_HOPS]
+    return found
+
+
+def _supplied(found: list[Site], dropout_p: Any) -> dict[Site, float]:
+    """The sites without a probability that ``dropout_p`` gives one."""
+    candidates = [site for site in found if site.op.family == "attention" or site.lacks_p]
+    owners = sorted({site.owner for site in candidates})
+    supplied: dict[Site, float] = {}
+    for pattern, p in check_probabilities(dropout_p).items():
+        named = [site for site in candidates if owner_matches(site.owner, pattern)]
+        if not named:
+            raise no_match(pattern, owners, "dropout_p", "attention or functional dropout")
+        for site in named:
+            if site.p or site.bound:
+                raise OptionError(
+                    f"{site} has kept its own probability",
+                    where=f"dropout_p[{pattern!r}]",
+                    remedy="leave it out: dropout_p is for what an eval export has lost",
+                )
+            supplied.setdefault(site, float(p))
+    return supplied
+
+
+def _choose(found: list[Site]) -> tuple[dict[str, bool], list[Site], list[Site]]:
+    """The mode of each owner, the sites to bind (all in that mode), and the ones that are at odds with it."""
+    candidates = [s for s in found if s.training is not None and not s.bound and not s.hard_coded]
+    modes = {site.owner: bool(site.training) for site in found if site.bound}
+    votes: dict[str, list[bool]] = {}
+    for site in candidates:
+        if site.op.flag is not None or site.training:  # attention without dropout is the same in both modes
+            votes.setdefault(site.owner, []).append(_flag(site))
+    program = _majority([vote for owner in votes.values() for vote in owner])
+    for owner, own_votes in votes.items():
+        modes.setdefault(owner, _majority(own_votes, program))
+    # A mask in an eval program is there in both modes.
+    always = [s for s in candidates if s.region is not None and not program]
+    chosen = [s for s in candidates if modes.setdefault(s.owner, program) is _flag(s) and s not in always]
+    odd = [s for s in candidates if s not in chosen and (s.op.flag is not None or s.training)]
+    # Attention whose p is 0 while its owner trains had no dropout: there is nothing to bind.
+    return modes, [s for s in chosen if s.op.flag is not None or s.training or not program], odd
+
+
+def _flag(site: Site) -> bool:
+    """The flag that a literal stands for."""
+    return bool(site.training) != bool(note(site.node).get("inverted"))
+
+
+def _majority(votes: list[bool], tie: bool = False) -> bool:
+    """The more frequent vote. Ties go to eval: the usual odd one out is F.dropout's default, ``training=True``."""
+    count = Counter(votes)
+    return tie if count[True] == count[False] else count[True] > count[False]
+
+
+def _check_names(root: nn.Module, owners: Iterable[str]) -> None:
+    for owner in owners:
+        module: Any = root
+        for name in owner.split(".") if owner else ():
+            present = hasattr(module, name)
+            if not present:
+                break
+            module = getattr(module, name)
+            if not isinstance(module, nn.Module):
+                raise BindError(
+                    f"the owner's name is taken by a {type(module).__name__} of the exported module",
+                    where=f"owner {owner!r}, attribute {name!r}",
+                    remedy=f"rename that submodule before export, or pass keep=({owner!r},)",
+                )
+
+
+def complaints(plan: Plan) -> list[str]:
+    """What will not follow ``train()`` and ``eval()``, a text for each reason."""
+    said = (_stuck(plan), _uncounted(plan), _reused(plan), _overriding(plan), _unsaid(plan))
+    return [text for text in said if text]
+
+
+def _overriding(plan: Plan) -> str:
+    if not plan.overriding:
+        return ""
+    return (
+        f"train() is overridden by {', '.join(plan.overriding[:5])}, but that of a bound module sets all flags "
+        "below it.\n  what to do: after train(), call eval() on what that method keeps in eval; or bind with "
+        "keep=[...]; or use compile_modes.export(model, args)"
+    )
+
+
+def _unsaid(plan: Plan) -> str:
+    if not plan.unclear:
+        return ""
+    owners = sorted({repr(module_path(node)) for node in plan.unclear})
+    return (
+        f"random numbers of {', '.join(owners[:5])} are drawn in both modes: one export can't tell whether they "
+        "depend on mode.\n  what to do: compile_modes.export(model, args), which can; or keep=[owner] if they don't"
+    )
+
+
+def _stuck(plan: Plan) -> str:
+    if not plan.stuck:
+        return ""
+    lines = [f"  {site.node.name} (owner {site.owner!r}): {why}" for site, why in plan.stuck]
+    remedy = f"export in {'eval' if plan.program else 'train'} mode, which keeps what they need"
+    if any(site.op.decomposed for site, _ in plan.stuck):
+        remedy = "bind the program before run_decompositions()"
+    return (
+        f"{len(lines)} sites keep their exported mode and will not follow train() and eval():\n"
+        + "\n".join(lines[:5] + ([f"  and {len(lines) - 5} more, see compile_modes.explain()"] if lines[5:] else []))
+        + f"\n  what to do: {remedy}"
+    )
+
+
+def _reused(plan: Plan) -> str:
+    again = [site for site in plan.bindable if reused(site)]
+    if not again:
+        return ""
+    named = ", ".join(map(str, again[:3]))
+    return (
+        f"{len(again)} dropouts exported in eval mode have several users: {named}\n  If the model uses the input "
+        "of one of them again, train mode is wrong: in eval the two are one tensor, and export can't tell.\n"
+        "  what to do: export in train mode, or compile_modes.export(model, args)"
+    )
+
+
+def _uncounted(plan: Plan) -> str:
+    """A batch norm module always has a counter; its absence from an eval program means that export has dropped it."""
+    lost = [
+        site.owner
+        for site in plan.bindable
+        if site.op.counter and site.counter is None and is_batch_norm(site.node) and not site.training
+    ]
+    if not lost:
+        return ""
+    return (
+        f"num_batches_tracked of {', '.join(map(repr, lost[:5]))} is not in the exported module and will not be "
+        "counted (strict export in eval mode drops it).\n  what to do: bind the ExportedProgram instead"
+    )

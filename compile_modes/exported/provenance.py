@@ -1,0 +1,61 @@
+"""What a module with modes was made from, kept beside it for ``save``."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.export import ExportedProgram
+
+from compile_modes.graph.bodies import bodies
+from compile_modes.graph.dual import DualModule
+
+_KEY = "compile_modes_source"
+
+
+class Source:
+    """The programs that a module was made from, and how. Shared between copies of the module: programs don't change."""
+
+    def __init__(
+        self,
+        programs: Mapping[str, ExportedProgram],
+        keep: Sequence[str] = (),
+        dropout_p: Mapping[str, float] | None = None,
+    ) -> None:
+        self.programs, self.keep, self.dropout_p = dict(programs), list(keep), dict(dropout_p or {})
+        self.code: list[str] = []
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "Source | None":
+        """The source of a module; None if it has none."""
+        meta = getattr(module, "meta", None)
+        return meta.get(_KEY) if isinstance(meta, dict) else None
+
+    def stay_with(self, module: Any) -> None:
+        """Makes this the source of a module, as it is now."""
+        self.code = _code(module)
+        module.meta[_KEY] = self
+
+    def made(self, module: nn.Module) -> bool:
+        """Whether a module still has the graphs that it was made with."""
+        return self.code == _code(module)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Source":
+        return self
+
+
+def flags(module: nn.Module) -> dict[str, bool]:
+    """The mode of each submodule, by all of its names."""
+    return {name: submodule.training for name, submodule in module.named_modules(remove_duplicate=False)}
+
+
+def set_flags(module: nn.Module, modes: Mapping[str, bool]) -> None:
+    """Sets the modes of submodules. Names that export has dropped own nothing that depends on mode, and are skipped."""
+    present = dict(module.named_modules(remove_duplicate=False))
+    for name, mode in modes.items():
+        if name in present:
+            present[name].training = mode
+
+
+def _code(module: nn.Module) -> list[str]:
+    roots = [module.program(mode) for mode in (True, False)] if isinstance(module, DualModule) else [module]
+    return [str(body.graph) for root in roots for body in bodies(root)]

@@ -1,0 +1,85 @@
+"""Reads of statistics that the same graph writes: kept for the backward pass instead of being repeated in it."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+from torch.utils.checkpoint import CheckpointPolicy
+
+from compile_modes.graph import calls
+from compile_modes.graph.bodies import Body, bodies, state_path
+from compile_modes.graph.sites import Site
+
+_PINNED = "compile_modes_pinned"  # in the meta of a graph with pinned reads
+# AOTAutograd's cache does not look at the tag, and must not answer with what was compiled without it.
+_CACHE_KEY = "compile_modes: reads of mutated buffers are saved"
+
+
+def pin_reads(graph: fx.GraphModule, found: Iterable[Site]) -> list[fx.Node]:
+    """Forbids AOTAutograd to compute again, in the backward pass, what was read from a buffer that the graph writes.
+
+    Its partitioner repeats cheap ops in the backward pass instead of saving their results. By then, batch norm has
+    updated ``running_var``, and whatever the model has computed from it comes out otherwise: quantization-aware
+    training divides by its root in front of each batch norm, and got wrong gradients, silently (2.11 to 2.14;
+    pytorch/pytorch#197039). Only the tag of nodes changes, so that the graph computes what it did.
+
+    Args:
+        graph: a captured graph, its sites in their final modes.
+        found: its sites.
+
+    Returns:
+        The nodes that are saved where the backward pass needs them.
+    """
+    sites = {site.node: site for site in found}
+    graphs = bodies(graph)
+    operands = [(s.body, s.read(name)) for s in sites.values() if s.training for name in s.op.stats]
+    operands += [(body, value) for body in graphs for node in body.graph.nodes for value in _written(node)]
+    written = {path for body, value in operands if (path := state_path(body, value))}
+    pinned = [n for body in graphs for n in _reads(body, written) if n not in sites and not calls.is_counter(n)]
+    for node in pinned:
+        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    graph.meta[_PINNED] = bool(pinned)
+    return pinned
+
+
+def keyed(compile_fx: Callable[..., Callable[..., Any]]) -> Callable[..., Callable[..., Any]]:
+    """A compiler whose cache keeps graphs with pinned reads apart from graphs without."""
+
+    config: Any = torch.compiler.config
+
+    def run(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        if not gm.meta.get(_PINNED):
+            return compile_fx(gm, example_inputs)
+        with config.patch(cache_key_tag=config.cache_key_tag + _CACHE_KEY):
+            return compile_fx(gm, example_inputs)
+
+    return run
+
+
+def _reads(body: Body, written: set[str]) -> Iterator[fx.Node]:
+    """The nodes that make a value of their own from one of these buffers, or from a view of it."""
+    aliases = {n for n in body.graph.nodes if n.op in ("placeholder", "get_attr") and state_path(body, n) in written}
+    for node in body.graph.nodes:
+        if node.op != "call_function" or aliases.isdisjoint(node.all_input_nodes):
+            continue
+        if _is_view(node.target):
+            aliases.add(node)
+        else:
+            yield node
+
+
+def _written(node: fx.Node) -> list[Any]:
+    """The operands that a node writes to by its schema; that of batch norm does not say so."""
+    if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
+        return []
+    arguments = node.target._schema.arguments
+    named = dict(zip((a.name for a in arguments), node.args, strict=False)) | node.kwargs
+    return [named.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+
+
+def _is_view(target: Any) -> bool:
+    if not isinstance(target, OpOverload) or target._schema.is_mutable:
+        return False
+    return any(r.alias_info is not None for r in target._schema.returns)

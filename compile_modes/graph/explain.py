@@ -1,0 +1,212 @@
+"""A program's sites as data and as text."""
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import fx, nn
+from torch._ops import OpOverload
+
+from compile_modes import _compat, console
+from compile_modes.graph.bodies import Body, bodies, module_classes, module_path, state_path
+from compile_modes.graph.dual import DualModule
+from compile_modes.graph.flags import is_flag
+from compile_modes.graph.ops import lookup
+from compile_modes.graph.regions import samplers
+from compile_modes.graph.sites import KEPT, REMARKS, Site, graph_root, note, sites
+
+
+def explain(obj: Any) -> str:
+    """A table of the sites of ``obj``: op, owner, mode, literals, and each switch that isn't possible, with the reason.
+
+    "held by" says what decides the mode: a ``flag`` that the graph reads, the ``literal`` that export has baked in, one
+    that is ``hard-coded`` (at odds with its owner's flag) or ``kept`` (on request).
+
+    Below it stands what may depend on mode although nothing in the program says so: random numbers that are drawn, and
+    buffers that are written, in both modes.
+
+    Takes what :func:`sites` takes and raises what it raises; CompileModesError also if rich is not installed.
+    """
+    return as_text(survey(obj))
+
+
+def survey(obj: Any) -> dict[str, Any]:
+    """What :func:`explain` shows, as data that JSON can hold.
+
+    Args:
+        obj: what :func:`sites` takes.
+
+    Returns:
+        - ``difference``: of two programs, what they differ in besides modes; None for one program.
+        - ``programs``: one item, or two for a module with two programs, as :func:`surveyed` gives them.
+    """
+    module = getattr(obj, "_orig_mod", obj)
+    if not isinstance(module, DualModule):
+        root = graph_root(module)  # once: each call of a program's module() makes other nodes
+        return {"difference": None, "programs": [surveyed(root, sites(root))]}
+    roots = {name: module.program(name == "train") for name in ("train", "eval")}
+    programs = [surveyed(root, sites(root), name) for name, root in roots.items()]
+    return {"difference": module.difference, "programs": programs}
+
+
+def surveyed(
+    root: nn.Module, found: list[Site], program: str | None = None, overridden: Collection[fx.Node] = ()
+) -> dict[str, Any]:
+    """One program of a survey.
+
+    Args:
+        root: the module with the graph, and ``found`` its sites.
+        program: "train" or "eval" if it is one of two.
+        overridden: nodes of sites that an override puts where they are.
+
+    Returns:
+        - ``program``: "train", "eval" or None, as given.
+        - ``sites``: in graph order, each with ``op``, ``family``, ``owner`` (dotted path, "" for the root), ``mode``
+          ("train", "eval"; None if it has none), ``held_by`` ("flag", "literal", "hard-coded", "kept", "override"),
+          ``inverted`` (in train when its flag says eval), ``modeless`` (computes the same in both modes), ``literals``
+          (p, or momentum and eps), and ``limits`` ("train" or "eval", and why it can't be put there).
+        - ``totals``: how many sites of each family.
+        - ``remarks``: what may depend on mode and is no site, a line each.
+    """
+    return {
+        "program": program,
+        "sites": [_described(site, site.node in overridden) for site in found],
+        "totals": dict(sorted(Counter(site.op.family for site in found).items())),
+        "remarks": _remarks(root, found),
+    }
+
+
+def as_text(survey: Mapping[str, Any]) -> str:
+    """A survey as :func:`explain` shows it."""
+    parts = []
+    for program in survey["programs"]:
+        lines = [_table(program)] if program["sites"] else ["no mode-dependent sites"]
+        title = [f"the program of {program['program']} mode:"] if program["program"] else []
+        parts.append("\n".join([*title, *lines, *program["remarks"]]))
+    if survey["difference"] is not None:
+        parts.insert(0, f"two programs, which differ in {survey['difference']}")
+    return "\n\n".join(parts)
+
+
+def reused(site: Site) -> bool:
+    """Whether users of a dropout exported in eval may have been users of its input: the two are one tensor there."""
+    first = site.op.family == "dropout" and site.training is False and not site.bound and len(site.node.users) > 1
+    return first or bool(note(site.node).get("reused"))
+
+
+def overriding(found: Iterable[Site]) -> list[str]:
+    """Classes with a ``train()`` of their own above sites in eval, which it may be that keeps them there."""
+    classes = {kind for site in found if site.training is False for kind in module_classes(site.node)}
+    return sorted(kind.__qualname__ for kind in classes if kind is not None and kind.train is not nn.Module.train)
+
+
+def _table(program: Mapping[str, Any]) -> str:
+    rows = []
+    for site in program["sites"]:
+        literals = ", ".join(f"{name}={value}" for name, value in site["literals"].items())
+        limits = [f"not to {mode}: {why}" for mode, why in site["limits"].items()]
+        limits = ["the same computation in both modes"] if site["modeless"] else limits
+        held_by = site["held_by"] + (", inverted" if site["inverted"] and site["held_by"] == "flag" else "")
+        rows.append((site["op"], site["owner"] or "(root)", site["mode"] or "-", held_by, literals, "; ".join(limits)))
+    totals = ", ".join(f"{n} {family}" for family, n in program["totals"].items())
+    head = ("op", "owner", "mode", "held by", "literals", "limits")
+    return f"{console.table(head, rows)}\n{len(rows)} sites: {totals}"
+
+
+def _described(site: Site, overridden: bool) -> dict[str, Any]:
+    return {
+        "op": str(site.op),
+        "family": site.op.family,
+        "owner": site.owner,
+        "mode": {True: "train", False: "eval", None: None}[site.training],
+        "held_by": "override" if overridden else _held_by(site),
+        "inverted": site.inverted,
+        "modeless": site.modeless,
+        "literals": {name: _plain(value) for name, value in site.literals.items()},
+        "limits": {name: why for name, t in (("train", True), ("eval", False)) if (why := site.refusal(t))},
+    }
+
+
+def _held_by(site: Site) -> str:
+    if site.bound:
+        return "flag"
+    return "hard-coded" if site.hard_coded else "kept" if note(site.node).get("mode") == KEPT else "literal"
+
+
+def _plain(value: Any) -> Any:
+    """A literal as JSON can hold it; one that the graph computes by its name."""
+    return value if isinstance(value, float | int | None) else str(value)
+
+
+def _remarks(root: nn.Module, found: list[Site]) -> list[str]:
+    known = {node for site in found for node in (site.node, site.step, *(site.region.nodes if site.region else ()))}
+    lines: list[str] = list(getattr(root, "meta", {}).get(REMARKS, ()))
+    lines += [f"not called: train() of {name}, which overrides nn.Module's" for name in overriding(found)]
+    lines += [
+        f"exported in eval: users of the input of {s} may stand as users of its result" for s in found if reused(s)
+    ]
+    for body in bodies(root):
+        if body.gated:
+            continue
+        for node in samplers(body):
+            if node not in known and node.target not in _compat.UNCONDITIONAL_HOPS:
+                lines.append(f"in both modes: {node.target} draws random numbers (owner {module_path(node)!r})")
+        for node in body.graph.nodes:
+            for path in _written(body, node) if node not in known and lookup(node.target) is None else ():
+                lines.append(f"in both modes: {node.target} writes the buffer {path!r} (owner {module_path(node)!r})")
+    return lines
+
+
+def _written(body: Body, node: fx.Node) -> list[str]:
+    """The paths of the buffers that a node writes to."""
+    if not isinstance(node.target, OpOverload):
+        return []
+    arguments = node.target._schema.arguments
+    operands = [*node.args, *(None for _ in arguments[len(node.args) :])]
+    values = [node.kwargs.get(a.name, operand) for a, operand in zip(arguments, operands, strict=True)]
+    written = [v for a, v in zip(arguments, values, strict=True) if a.alias_info is not None and a.alias_info.is_write]
+    return [path for value in written if (path := state_path(body, value)) is not None]
+
+
+def graph_text(root: nn.Module) -> str:
+    """All graphs of a module: the root's first, and below it those of its regions and branches.
+
+    Parameters, buffers, constants and flags stand under their paths, inputs and results under the names of their nodes.
+    Types, device and memory formats are left out.
+    """
+    return "\n\n".join("\n".join(_lines(body)) for body in bodies(root))
+
+
+def _lines(body: Body) -> Iterator[str]:
+    names: dict[fx.Node, str] = {}
+    inputs = body.graph.find_nodes(op="placeholder")
+    for node in body.graph.nodes:
+        if node.op == "placeholder":
+            names[node] = node.name
+        elif node.op == "get_attr":
+            names[node] = str(node.target) if is_flag(node) else state_path(body, node) or str(node.target)
+        else:
+            names[node] = node.name
+    yield f"{body.path or 'forward'}({', '.join(names[node] for node in inputs)}):"
+    for node in body.graph.nodes:
+        if node.op == "output":
+            yield f"    return {_shown(node.args[0], names)}"
+        elif node.op not in ("placeholder", "get_attr") and node.target != _compat.GUARDS:
+            operands = [_shown(value, names) for value in node.args]
+            operands += [f"{name}={_shown(value, names)}" for name, value in node.kwargs.items()]
+            owner = module_path(node)
+            yield f"    {node.name} = {_target(node)}({', '.join(operands)})" + (f"  # {owner}" if owner else "")
+
+
+def _shown(value: Any, names: dict[fx.Node, str]) -> str:
+    if isinstance(value, fx.Node):
+        return names[value]
+    if isinstance(value, list | tuple):
+        return "(" + ", ".join(_shown(item, names) for item in value) + ("," if len(value) == 1 else "") + ")"
+    return str(value)
+
+
+def _target(node: fx.Node) -> str:
+    if isinstance(node.target, str | OpOverload):
+        return str(node.target)
+    return str(getattr(node.target, "__name__", node.target))
