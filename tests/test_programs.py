@@ -15,7 +15,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 
 import compile_modes as cm
 from compile_modes.exported.programs import baked
-from compile_modes.graph.bodies import bodies
+from compile_modes.graph.view import View
 
 from nets import (  # isort: skip
     IMAGE, Activations, Attention, Auxiliary, ConvNet, DropBlock, DropPath, EveryFlag, MixedMask, Norms, Recurrent,
@@ -71,7 +71,7 @@ def reloaded(program):
 
 def is_standard(program):
     """Whether there is nothing in a program that others don't know, and it passes torch's checks."""
-    for body in bodies(program.graph_module):
+    for body in View(program.graph_module).bodies:
         for node in body.graph.nodes:
             assert node.op in ("placeholder", "get_attr", "call_function", "output")
             if node.op == "call_function":

@@ -13,8 +13,8 @@ from compile_modes import _compat
 from compile_modes._compat import FakeTensor, frames, kept, tracing
 from compile_modes._compat.kept import Treatment
 from compile_modes.errors import CaptureError
+from compile_modes.graph.finding import sites
 from compile_modes.graph.functional import HIDDEN
-from compile_modes.graph.sites import sites
 
 _log = logging.getLogger(__name__)
 _REMEDY = "without overrides the graph compiles as stock Inductor compiles it"

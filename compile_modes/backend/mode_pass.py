@@ -18,7 +18,8 @@ from compile_modes.backend.owners import Names, name_owners
 from compile_modes.errors import CaptureError
 from compile_modes.forms.lower import lower
 from compile_modes.graph.requests import check_overrides
-from compile_modes.graph.sites import Site, sites
+from compile_modes.graph.sites import Site
+from compile_modes.graph.view import View
 from compile_modes.messages import warn_once
 
 
@@ -64,8 +65,8 @@ class ModePass(CustomGraphPass):
             return
         if explicit:
             separate(captured)
-        found, names = sites(captured), Names.of_frame()
-        name_owners(captured, found, names)
+        names = Names.of_frame()
+        found = name_owners(View(captured), names)
         if explicit:
             whole = frames.is_whole_frame(gm)
             put_into_modes(captured, found, names, self._training, self._overrides, whole=whole, refusal=_refusal)

@@ -67,7 +67,7 @@ def put_into_modes(
             "depends on it stays as the flag says.\n  what to do: set the flag, by train() or eval() of the module",
             id(names.everything.get("")), training, *overrides.items(),
         )  # fmt: skip
-    report = apply(captured, assign(found, training, overrides), refusal)
+    report = apply(assign(found, training, overrides), refusal)
     if report.refused:
         raise refused(report)
     logs.modes(found, report)

@@ -8,12 +8,14 @@ from torch import fx, nn
 from torch._ops import OpOverload
 
 from compile_modes import _compat, console
-from compile_modes.graph.bodies import Body, bodies, module_classes, module_path, state_path
 from compile_modes.graph.dual import DualModule
+from compile_modes.graph.finding import find, graph_root
 from compile_modes.graph.flags import is_flag
 from compile_modes.graph.ops import lookup
+from compile_modes.graph.owners import module_classes
 from compile_modes.graph.regions import samplers
-from compile_modes.graph.sites import KEPT, REMARKS, Site, graph_root, note, sites
+from compile_modes.graph.sites import KEPT, REMARKS, Site, note
+from compile_modes.graph.view import Body, View
 
 
 def explain(obj: Any) -> str:
@@ -42,20 +44,20 @@ def survey(obj: Any) -> dict[str, Any]:
     """
     module = getattr(obj, "_orig_mod", obj)
     if not isinstance(module, DualModule):
-        root = graph_root(module)  # once: each call of a program's module() makes other nodes
-        return {"difference": None, "programs": [surveyed(root, sites(root))]}
-    roots = {name: module.program(name == "train") for name in ("train", "eval")}
-    programs = [surveyed(root, sites(root), name) for name, root in roots.items()]
+        view = View(graph_root(module))  # once: each call of a program's module() makes other nodes
+        return {"difference": None, "programs": [surveyed(view, find(view))]}
+    views = {name: View(module.program(name == "train")) for name in ("train", "eval")}
+    programs = [surveyed(view, find(view), name) for name, view in views.items()]
     return {"difference": module.difference, "programs": programs}
 
 
 def surveyed(
-    root: nn.Module, found: list[Site], program: str | None = None, overridden: Collection[fx.Node] = ()
+    view: View, found: list[Site], program: str | None = None, overridden: Collection[fx.Node] = ()
 ) -> dict[str, Any]:
     """One program of a survey.
 
     Args:
-        root: the module with the graph, and ``found`` its sites.
+        view: the program's graphs, and ``found`` their sites.
         program: "train" or "eval" if it is one of two.
         overridden: nodes of sites that an override puts where they are.
 
@@ -72,7 +74,7 @@ def surveyed(
         "program": program,
         "sites": [_described(site, site.node in overridden) for site in found],
         "totals": dict(sorted(Counter(site.op.family for site in found).items())),
-        "remarks": _remarks(root, found),
+        "remarks": _remarks(view, found),
     }
 
 
@@ -138,22 +140,22 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, float | int | None) else str(value)
 
 
-def _remarks(root: nn.Module, found: list[Site]) -> list[str]:
+def _remarks(view: View, found: list[Site]) -> list[str]:
     known = {node for site in found for node in (site.node, site.step, *(site.region.nodes if site.region else ()))}
-    lines: list[str] = list(getattr(root, "meta", {}).get(REMARKS, ()))
+    lines: list[str] = list(getattr(view.root, "meta", {}).get(REMARKS, ()))
     lines += [f"not called: train() of {name}, which overrides nn.Module's" for name in overriding(found)]
     lines += [
         f"exported in eval: users of the input of {s} may stand as users of its result" for s in found if reused(s)
     ]
-    for body in bodies(root):
+    for body in view.bodies:
         if body.gated:
             continue
         for node in samplers(body):
             if node not in known and node.target not in _compat.UNCONDITIONAL_HOPS:
-                lines.append(f"in both modes: {node.target} draws random numbers (owner {module_path(node)!r})")
+                lines.append(f"in both modes: {node.target} draws random numbers (owner {view.owner[node]!r})")
         for node in body.graph.nodes:
             for path in _written(body, node) if node not in known and lookup(node.target) is None else ():
-                lines.append(f"in both modes: {node.target} writes the buffer {path!r} (owner {module_path(node)!r})")
+                lines.append(f"in both modes: {node.target} writes the buffer {path!r} (owner {view.owner[node]!r})")
     return lines
 
 
@@ -165,7 +167,8 @@ def _written(body: Body, node: fx.Node) -> list[str]:
     operands = [*node.args, *(None for _ in arguments[len(node.args) :])]
     values = [node.kwargs.get(a.name, operand) for a, operand in zip(arguments, operands, strict=True)]
     written = [v for a, v in zip(arguments, values, strict=True) if a.alias_info is not None and a.alias_info.is_write]
-    return [path for value in written if (path := state_path(body, value)) is not None]
+    state = body.view.state
+    return [path for value in written if isinstance(value, fx.Node) and (path := state[value]) is not None]
 
 
 def graph_text(root: nn.Module) -> str:
@@ -174,7 +177,7 @@ def graph_text(root: nn.Module) -> str:
     Parameters, buffers, constants and flags stand under their paths, inputs and results under the names of their nodes.
     Types, device and memory formats are left out.
     """
-    return "\n\n".join("\n".join(_lines(body)) for body in bodies(root))
+    return "\n\n".join("\n".join(_lines(body)) for body in View(root).bodies)
 
 
 def _lines(body: Body) -> Iterator[str]:
@@ -184,7 +187,7 @@ def _lines(body: Body) -> Iterator[str]:
         if node.op == "placeholder":
             names[node] = node.name
         elif node.op == "get_attr":
-            names[node] = str(node.target) if is_flag(node) else state_path(body, node) or str(node.target)
+            names[node] = str(node.target) if is_flag(node) else body.view.state[node] or str(node.target)
         else:
             names[node] = node.name
     yield f"{body.path or 'forward'}({', '.join(names[node] for node in inputs)}):"
@@ -194,7 +197,7 @@ def _lines(body: Body) -> Iterator[str]:
         elif node.op not in ("placeholder", "get_attr") and node.target != _compat.GUARDS:
             operands = [_shown(value, names) for value in node.args]
             operands += [f"{name}={_shown(value, names)}" for name, value in node.kwargs.items()]
-            owner = module_path(node)
+            owner = body.view.owner[node]
             yield f"    {node.name} = {_target(node)}({', '.join(operands)})" + (f"  # {owner}" if owner else "")
 
 
