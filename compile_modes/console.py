@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from compile_modes.errors import CompileModesError
+from compile_modes import messages
 
 _UNBOUNDED = 1 << 20  # columns of the console that tables are drawn on
 _PIECE = 64  # rows that are drawn at a time
@@ -24,7 +24,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """
     rich = _rich("table", "console", "text", "cells")
     if rich is None:
-        raise CompileModesError("tables need rich, which is not installed", remedy="pip install rich")
+        raise messages.NO_RICH.error()
     widths = [max(map(rich["cells"].cell_len, column)) for column in zip(head, *rows, strict=True)]
     stream = io.StringIO()
     # Said in full, for rich would otherwise ask the environment: COLUMNS, FORCE_COLOR, a notebook.

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from compile_modes import _compat
-from compile_modes.errors import BindError
+from compile_modes import _compat, messages
 from compile_modes.graph.edits import set_argument
 from compile_modes.graph.finding import find, sites
 from compile_modes.graph.owners import join
@@ -42,11 +41,8 @@ def restore_literals(module: nn.Module, exported: Any) -> list[str]:
     view = View(root)
     found, before = find(view), _literals(sites(exported))
     if found and not any(_key(site) in before for site in found):
-        raise BindError(
-            "no site of the module is in the program",
-            where=", ".join(sorted({home or "(root)" for home, _ in map(_key, found)})),
-            remedy="pass the program that the module was made from",
-        )
+        homes = sorted({home or "(root)" for home, _ in map(_key, found)})
+        raise messages.OTHER_PROGRAM.error(owners=", ".join(homes))
     changed: list[str] = []
     edited: set[nn.Module] = set()
     stds = _variances(view)

@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 from torch.export.unflatten import UnflattenedModule
 
-from compile_modes.errors import BindError
+from compile_modes import messages
 from compile_modes.graph import calls
 from compile_modes.graph.dual import DualModule
 from compile_modes.graph.flags import mode_of, without_dropout, without_stats
@@ -80,14 +80,8 @@ def graph_root(obj: Any) -> nn.Module:
     if isinstance(module, fx.GraphModule | UnflattenedModule):
         return module
     if isinstance(module, DualModule):
-        raise BindError(
-            "the module holds two programs, one for each mode",
-            remedy="use module.program(True) or module.program(False)",
-        )
-    raise BindError(
-        f"{type(module).__name__} has no graph of ATen ops",
-        remedy="export it first: torch.export.export(model, args); an eager module needs no binding",
-    )
+        raise messages.TWO_PROGRAMS.error()
+    raise messages.NO_GRAPH.error(kind=type(module).__name__)
 
 
 def _site(body: Body, node: fx.Node, row: ModeOp) -> Site:

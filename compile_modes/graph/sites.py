@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import fx
 
-from compile_modes import _compat
+from compile_modes import _compat, messages
 from compile_modes.graph.ops import LOST_DROPOUT, ModeOp
 from compile_modes.graph.owners import module_class
 from compile_modes.graph.regions import Region
@@ -87,7 +87,7 @@ class Site:
         return shown | {name: self.read(name) for name in self.op.shown}
 
     def refusal(self, training: bool) -> str:
-        """Why the site cannot be put into the given mode; empty if it can."""
+        """Why the site cannot be put into the given mode, with its code in front; empty if it can."""
         if self.modeless or self.training is training:
             return ""
         if self.op is LOST_DROPOUT and self.p:
@@ -95,20 +95,20 @@ class Site:
         if self.op.refusal:
             return note(self.node).get("refusal") or self.op.refusal
         if self.training is None:
-            return f"its {self.op.flag or self.op.p} is computed in the graph"
+            return messages.COMPUTED.reason(argument=self.op.flag or self.op.p)
         if not training or self.bound:
             return ""
         return self._not_to_train()
 
     def _not_to_train(self) -> str:
         if self.lacks_p:
-            return f"{self.op.p} is 0: the op had none, or it was traced in eval mode and its p is lost"
+            return messages.LACKS_P.reason(argument=self.op.p)
         if self.op.counter and self.read(self.op.shown[0]) == 0:
-            return "momentum 0.0 in an eval graph: a cumulative average looks the same; export under exportable(model)"
+            return messages.CUMULATIVE.reason()
         if self.op.stats and not self.body.runs_once:
-            return "it would write its statistics inside a branch, a loop or a nested compile region"
+            return messages.RUNS_OFTEN.reason()
         if self.counter and self.step is None and self.counter_at is None:
-            return f"{self.counter} is out of the graph's reach, so train could not advance it"
+            return messages.OUT_OF_REACH.reason(counter=self.counter)
         return ""
 
     def __str__(self) -> str:
