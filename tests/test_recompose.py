@@ -366,7 +366,7 @@ def test_instance_norm_is_refused_by_name_and_trains():
         with pytest.warns(cm.ModeWarning) as caught:
             bound = cm.bind(decomposed(reference, start, x))
         said = [str(w.message) for w in caught if w.category is cm.ModeWarning]
-        assert "owner 'instance'): decomposed, and its running statistics are no buffers" in said[0]
+        assert "owner 'instance'): CM720: decomposed, and its running statistics are no buffers" in said[0]
         assert [s.owner for s in cm.sites(bound) if s.bound] == ["tracking"]
         reference.train(start)
         torch.testing.assert_close(bound(x), reference(x))

@@ -77,7 +77,7 @@ def pt2e_modes(
         if parsed.explicit:
             raise
         logs.left_to_stock(str(error))
-        messages.AS_IT_CAME.warn_once(error=error)
+        messages.AS_IT_CAME.warn_once(error=error.headline, where=error.where)
         return compile_fx(lower(gm, sites(gm)), example_inputs)
     if parsed.explicit:
         separate(captured)

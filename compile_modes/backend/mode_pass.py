@@ -60,7 +60,7 @@ class ModePass(CustomGraphPass):
         except CaptureError as error:
             if explicit:
                 raise
-            messages.PASS_LEAVES_GRAPH.warn_once(error=error)
+            messages.PASS_LEAVES_GRAPH.warn_once(error=error.headline, where=error.where)
             return
         if explicit:
             separate(captured)

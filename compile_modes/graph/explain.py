@@ -68,7 +68,7 @@ def surveyed(
           ("train", "eval"; None if it has none), ``held_by`` ("flag", "literal", "hard-coded", "kept", "override"),
           ``inverted`` (in train when its flag says eval), ``modeless`` (computes the same in both modes), ``literals``
           (p, or momentum and eps), ``limits`` ("train" or "eval", and why it can't be put there), and ``codes``, those
-          of these reasons in the catalogue.
+          of these reasons in the catalogue ("" for one that an older release has noted in the program).
         - ``totals``: how many sites of each family.
         - ``remarks``: what may depend on mode and is no site, a line each.
     """
@@ -108,7 +108,8 @@ def _table(program: Mapping[str, Any]) -> str:
     rows = []
     for site in program["sites"]:
         literals = ", ".join(f"{name}={value}" for name, value in site["literals"].items())
-        limits = [f"not to {mode} ({site['codes'][mode]}): {why}" for mode, why in site["limits"].items()]
+        codes = {mode: f" ({code})" if code else "" for mode, code in site["codes"].items()}
+        limits = [f"not to {mode}{codes[mode]}: {why}" for mode, why in site["limits"].items()]
         limits = ["the same computation in both modes"] if site["modeless"] else limits
         held_by = site["held_by"] + (", inverted" if site["inverted"] and site["held_by"] == "flag" else "")
         rows.append((site["op"], site["owner"] or "(root)", site["mode"] or "-", held_by, literals, "; ".join(limits)))
