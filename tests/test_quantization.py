@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 import compile_modes as cm
-
-from oracle import same_state, text  # isort: skip
+from oracle import same_state, text
 
 quantize = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e")
 x86 = pytest.importorskip("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")

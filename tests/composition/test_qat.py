@@ -8,10 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import compile_modes as cm
-from compile_modes._compat.frames import graphs_compiled
-
-from models import Block, X, compile_  # isort: skip
-from oracle import agrees, same_state  # isort: skip
+from composition.models import Block, X, compile_
+from graphs import graphs_compiled
+from oracle import agrees, same_state
 
 pt2e = pytest.importorskip("torchao.quantization.pt2e")
 quantize = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e")

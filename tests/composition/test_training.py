@@ -9,10 +9,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import compile_modes as cm
-from compile_modes._compat.frames import graphs_compiled
-
-from models import KINDS, Net, X, bound, compile_, make  # isort: skip
-from oracle import agrees, same_state  # isort: skip
+from composition.models import KINDS, Net, X, bound, compile_, make
+from graphs import graphs_compiled
+from oracle import agrees, same_state
 
 pytestmark = pytest.mark.usefixtures("no_inductor")
 

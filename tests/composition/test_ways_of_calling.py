@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from compile_modes._compat.frames import graphs_compiled
-
-from models import KINDS, X, compile_, make  # isort: skip
-from oracle import agrees, same_state  # isort: skip
+from composition.models import KINDS, X, compile_, make
+from graphs import graphs_compiled
+from oracle import agrees, same_state
 
 no_inductor = pytest.mark.usefixtures("no_inductor")
 

@@ -10,10 +10,9 @@ from torch import nn
 from torch._inductor import config as inductor_config
 
 import compile_modes as cm
-from compile_modes._compat.frames import graphs_compiled
-
-from nets import IMAGE, Activations, Attention, ConvNet, Norms, Parent, Regions, UnusedNorm  # isort: skip
-from oracle import agrees  # isort: skip
+from graphs import graphs_compiled
+from nets import IMAGE, Activations, Attention, ConvNet, Norms, Parent, Regions, UnusedNorm
+from oracle import agrees
 
 KINDS = pytest.mark.parametrize("kind", ["eager", "bound-train", "bound-eval"])
 NETS = [
