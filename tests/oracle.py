@@ -54,8 +54,6 @@ def agrees(
                     seed=100 * flip + step,
                     tolerance=tolerance,
                 )
-                if step == 0 and not mode:
-                    same("RNG state", *_rng_after(oracle, call, inputs, 100 * flip), 0.0)
 
 
 def same_step(
@@ -69,7 +67,8 @@ def same_step(
     seed: int = 0,
     tolerance: float = TOLERANCE,
 ) -> tuple[Any, Any]:
-    """Calls both once, in the modes that they are in, and asserts equal outputs, gradients and state; returns outputs.
+    """Calls both in the modes that they are in, and asserts equal outputs, gradients, random
+    numbers and state; returns the outputs.
 
     Args:
         optimizers: one for each of the two, if this is a step of training: the squares of the outputs are minimised.
@@ -77,17 +76,38 @@ def same_step(
     """
     call = module if call is None else call
     oracle = reference if oracle is None else oracle
-    outputs = (seeded(oracle, *inputs, seed=seed), seeded(call, *inputs, seed=seed))
-    same("output", *outputs, tolerance)
-    if optimizers is not None:
-        for output, optimizer in zip(outputs, optimizers, strict=True):
+    outputs, generators = [], []
+    for f, optimizer in zip((oracle, call), optimizers or (None, None), strict=True):
+        outputs.append(seeded(f, *inputs, seed=seed))
+        if optimizer is not None:
             optimizer.zero_grad()
-            loss(output).backward()
+            loss(outputs[-1]).backward()
+        gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and optimizer is None else []
+        generators.append(torch.cat([torch.get_rng_state(), *gpus]))
+    same("output", *outputs, tolerance)
+    same("RNG state", *generators, 0.0)
+    if optimizers is not None:
         same_gradients(reference, module, tolerance)
         for optimizer in optimizers:
             optimizer.step()
     same_state(reference, module, tolerance)
-    return outputs
+    return outputs[0], outputs[1]
+
+
+def same_steps(
+    reference: nn.Module,
+    module: nn.Module,
+    call: Callable[..., Any] | None = None,
+    inputs: Sequence[Any] = (),
+    *,
+    steps: int = 3,
+    train: bool = True,
+    **options: Any,
+) -> None:
+    """Trains both in the modes that they are in, or only calls them: :func:`same_step` several times."""
+    optimizers = sgd(reference, module) if train else None
+    for seed in range(steps):
+        same_step(reference, module, call, inputs, optimizers=optimizers, seed=seed, **options)
 
 
 def sgd(*modules: nn.Module, **options: Any) -> list[torch.optim.Optimizer]:
@@ -132,15 +152,6 @@ def seeded(call: Callable[..., Any], *inputs: Any, seed: int = 0, **kwargs: Any)
     """What a call returns whose random numbers begin at a seed."""
     torch.manual_seed(seed)
     return call(*inputs, **kwargs)
-
-
-def _rng_after(reference: Any, call: Any, inputs: Sequence[torch.Tensor], seed: int) -> list[torch.Tensor]:
-    states = []
-    for f in (reference, call):
-        seeded(f, *inputs, seed=seed)
-        gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        states.append(torch.cat([torch.get_rng_state(), *gpus]))
-    return states
 
 
 def loss(output: Any) -> torch.Tensor:

@@ -11,7 +11,8 @@ from compile_modes import _compat
 from compile_modes.backend.entry import Options
 from graphs import graphs_compiled
 from nets import IMAGE, Activations, Attention, ConvNet, HardCoded, Norms, Parent, Regions, UnusedNorm
-from oracle import agrees, same_state
+from oracle import agrees, same_outputs, same_steps
+from setups import compile_
 
 STARTS = pytest.mark.parametrize("start", [True, False], ids=["train-export", "eval-export"])
 MODELS = [
@@ -22,10 +23,6 @@ MODELS = [
     pytest.param(Attention, torch.randn(2, 5, 8), id="attention"),
     pytest.param(UnusedNorm, torch.randn(3, 4), id="unused"),
 ]
-
-
-def compile_(module, **options):
-    return torch.compile(module, backend="pt2e_modes", options=options or None)
 
 
 @pytest.mark.usefixtures("no_inductor")
@@ -98,13 +95,7 @@ class TestWithoutInductor:
         reference.train(flags)
         module.train(flags)
         equivalent(reference)
-        compiled = compile_(module, **options)
-        for seed in range(3):
-            torch.manual_seed(seed)
-            expected = reference(IMAGE)
-            torch.manual_seed(seed)
-            torch.testing.assert_close(compiled(IMAGE), expected)
-            same_state(reference, module)
+        same_steps(reference, module, compile_(module, **options), [IMAGE], train=False, tolerance=1e-5)
 
     @pytest.mark.parametrize("kind", ["dropout", "alpha_dropout", "feature_alpha_dropout"])
     def test_the_input_of_a_dropout_that_is_woken_stays_what_it_is(self, kind):
@@ -120,10 +111,7 @@ class TestWithoutInductor:
 
         model, x = Residual().eval(), torch.randn(5, 4)
         compiled = compile_(model, training=True)
-        torch.manual_seed(0)
-        output = compiled(x)
-        torch.manual_seed(0)
-        torch.testing.assert_close(output, model.train()(x))
+        same_outputs(copy.deepcopy(model).train(), compiled, x, tolerance=1e-5)
 
     def test_a_forced_counter_belongs_to_its_own_instance(self):
         models = [ConvNet().eval() for _ in range(2)]
@@ -198,50 +186,6 @@ class TestWithoutInductor:
             torch.testing.assert_close(compiled(IMAGE), reference(IMAGE))
 
 
-class Unretraceable(nn.Module):
-    """Makes a tensor of a type that Python's state decides, of which the graph shows the change and no more."""
-
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.4))
-
-    def forward(self, x):
-        torch.set_default_dtype(torch.float64)
-        y = torch.ones(4)
-        torch.set_default_dtype(torch.float32)
-        return self.body(x) + y.float()
-
-
-class Checkpointed(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.4))
-
-    def forward(self, x):
-        return torch.utils.checkpoint.checkpoint(self.body, x, use_reentrant=False)
-
-
-def test_what_cannot_be_captured_goes_on_as_it_came(no_inductor):
-    reference = Unretraceable()
-    module = copy.deepcopy(reference)
-    with pytest.warns(cm.ModeWarning, match="hands a graph to Inductor as it came") as caught:
-        agrees(reference, module, compile_(module), [torch.randn(3, 4)])
-    assert len([w for w in caught if issubclass(w.category, cm.ModeWarning)]) == 1
-    torch._dynamo.reset()
-    with pytest.raises(cm.CaptureError, match="could not be retraced"):
-        compile_(module, overrides={"body.1": "eval"})(torch.randn(3, 4))
-
-
-def test_checkpoints_are_captured(no_inductor):
-    reference = Checkpointed()
-    module = copy.deepcopy(reference)
-    agrees(reference, module, compile_(module), [torch.randn(3, 4)])
-    torch._dynamo.reset()
-    x = torch.randn(3, 4)
-    output = compile_(module.train(), overrides={"body.1": "eval"})(x)
-    torch.testing.assert_close(output, module.eval()(x))
-
-
 def test_the_captured_graph_is_what_inductor_gets(monkeypatch):
     seen = []
 
@@ -259,198 +203,6 @@ def test_the_captured_graph_is_what_inductor_gets(monkeypatch):
     assert options == {"max_autotune": False}
     assert "aten.batch_norm.default" in targets
     assert "aten.dropout.default" in targets
-
-
-class Scaled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clamp(-0.5, 0.5)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * 3
-
-
-def _with_hook(y):
-    y.register_hook(lambda grad: grad * 2)
-    return y.sin()
-
-
-def _inference(y):
-    with torch.inference_mode():
-        z = y * 2
-    return y + z.clone()
-
-
-def _data(y):
-    z = y.clone()
-    z.data.mul_(2)
-    return z.sin()
-
-
-class Around(nn.Module):
-    """A batch norm and a dropout before something that a retrace would not preserve."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.fc, self.bn, self.drop, self.out = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Linear(4, 4)
-        self.inner = inner
-
-    def forward(self, x):
-        return self.out(self.inner(self.drop(self.bn(self.fc(x)))))
-
-
-@pytest.mark.parametrize(
-    "inner",
-    [
-        lambda y: Scaled.apply(y),
-        _with_hook,
-        _inference,
-        _data,
-        torch.vmap(lambda v: v.sin() * 2),
-        torch.func.grad(lambda v: v.sin().sum()),
-    ],
-    ids=["autograd.Function", "hook", "inference_mode", "data", "vmap", "func.grad"],
-)
-def test_what_a_retrace_would_not_preserve_is_kept(inner, no_inductor):
-    if inner is _inference and torch.__version__ < "2.12":
-        pytest.skip("stock torch 2.11 crashes on it")
-    reference = Around(inner)
-    module = copy.deepcopy(reference)
-    x = torch.randn(8, 4)
-    agrees(reference, module, compile_(module), [x], flips=2)
-    torch._dynamo.reset()
-    output = compile_(module.train(), overrides={"bn": "eval", "drop": "eval"})(x)
-    torch.testing.assert_close(output, module.eval()(x))
-
-
-@torch.compiler.allow_in_graph
-def _allowed(y):
-    return Scaled.apply(y)
-
-
-def _under_autocast(x):
-    with torch.autocast("cpu", torch.bfloat16):
-        y = torch.mm(x, x)
-        return y, y.float()
-
-
-def _with_kernel(x):
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        return torch.nn.functional.scaled_dot_product_attention(x[None], x[None], x[None])
-
-
-@pytest.mark.parametrize("function", [_allowed, _under_autocast, _with_kernel])
-def test_functions_that_a_retrace_would_not_preserve(function, no_inductor):
-    x, y = (torch.ones(4, 4, requires_grad=True) for _ in range(2))
-    expected = function(x)
-    found = torch.compile(function, backend="pt2e_modes")(y)
-    for a, b in zip(*(o if isinstance(o, tuple) else (o,) for o in (expected, found)), strict=True):
-        assert (a.dtype, a.requires_grad) == (b.dtype, b.requires_grad)
-        a.sum().backward(retain_graph=True)
-        b.sum().backward(retain_graph=True)
-    torch.testing.assert_close(y.grad, x.grad)
-
-
-@pytest.mark.parametrize("mode", [True, False])
-def test_a_graph_may_end_in_another_grad_mode(mode, no_inductor):
-    def function(x):
-        y = x * 2
-        torch.set_grad_enabled(not mode)
-        return y, x * 3
-
-    x = torch.ones(2, requires_grad=True)
-    with torch.set_grad_enabled(mode):
-        expected = [t.requires_grad for t in function(x)]
-    with torch.set_grad_enabled(mode):
-        found = [t.requires_grad for t in torch.compile(function, backend="pt2e_modes")(x)]
-    assert found == expected == [mode, not mode]
-    assert torch.is_grad_enabled()
-
-
-def test_a_graph_may_end_in_another_autocast_mode(no_inductor):
-    def function(x):
-        y = x @ x
-        torch.set_autocast_enabled("cpu", True)
-        return y, x @ x
-
-    for compiled in (function, torch.compile(function, backend="pt2e_modes")):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", cm.ModeWarning)
-            try:
-                assert [t.dtype for t in compiled(torch.ones(2, 2))] == [torch.float32, torch.bfloat16]
-            finally:
-                torch.set_autocast_enabled("cpu", False)
-
-
-@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.Adam])
-def test_a_compiled_optimizer_steps_once(optimizer, no_inductor):
-    weights = []
-    for compiled in (False, True):
-        torch.manual_seed(0)
-        model = nn.Linear(4, 4)
-        opt = optimizer(model.parameters(), lr=0.1)
-        step = torch.compile(lambda opt=opt: opt.step(), backend="pt2e_modes") if compiled else opt.step
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", cm.ModeWarning)
-            for _ in range(3):
-                model(torch.ones(2, 4)).square().sum().backward()
-                step()
-                opt.zero_grad()
-        weights.append(model.weight.detach().clone())
-    torch.testing.assert_close(weights[1], weights[0])
-
-
-def test_functions_of_integers_compile_as_often_as_stock(no_inductor):
-    for backend in ("aot_eager", "pt2e_modes"):
-        torch._dynamo.reset()
-        before = graphs_compiled()
-        compiled = torch.compile(lambda n: torch.arange(n) * 2, backend=backend)
-        for n in range(3, 9):
-            assert torch.equal(compiled(n), torch.arange(n) * 2)
-        assert graphs_compiled() - before == 2
-
-
-def test_nested_compile_regions_are_captured(no_inductor):
-    class Region(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.drop, self.fc = nn.Dropout(0.5), nn.Linear(4, 4)
-
-        @torch.compiler.nested_compile_region
-        def forward(self, x):
-            return self.drop(self.fc(x))
-
-    model, x = nn.ModuleList([Region(), Region()]), torch.randn(3, 4)
-    compiled = torch.compile(lambda x: [m(x) for m in model], backend="pt2e_modes")
-    torch.manual_seed(0)
-    expected = [m(x) for m in model]
-    torch.manual_seed(0)
-    found = compiled(x)
-    torch.testing.assert_close(found, expected)
-    found[1].sum().backward()
-    gradient, model[1].fc.weight.grad = model[1].fc.weight.grad, None
-    expected[1].sum().backward()
-    torch.testing.assert_close(gradient, model[1].fc.weight.grad)
-
-
-def test_what_inductor_fails_on_goes_on_as_it_came(monkeypatch):
-    def inductor(mode, options):
-        def compile_fx(gm, example_inputs):
-            if any(isinstance(n.target, torch._ops.OpOverload) for n in gm.graph.nodes):
-                raise RuntimeError("no lowering\nand more")
-            return gm.forward
-
-        return compile_fx
-
-    monkeypatch.setattr(_compat, "inductor", inductor)
-    reference = ConvNet()
-    module = copy.deepcopy(reference)
-    with pytest.warns(cm.ModeWarning, match="as it came: RuntimeError: no lowering$"):
-        agrees(reference, module, compile_(module), [IMAGE], flips=1)
-    torch._dynamo.reset()
-    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="no lowering"):
-        compile_(module, training=False)(IMAGE)
 
 
 def test_options_are_split():

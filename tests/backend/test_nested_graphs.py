@@ -1,8 +1,7 @@
-"""Graphs inside graphs, and parts that a retrace would not preserve: what is captured, what is kept."""
+"""Graphs inside graphs: checkpoints, branches, loops, nested compile regions, grad modes, autocast and kernels."""
 
 import copy
 import functools
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,44 +11,16 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 import compile_modes as cm
+from backend.nested import CHECKPOINTS, Net, X, no_grad, selective
 from compile_modes import _compat
 from graphs import graphs_compiled
-from oracle import agrees, same_state
+from oracle import agrees, same_outputs, same_step, same_steps
+from setups import compile_
 
-X = torch.randn(8, 4, generator=torch.Generator().manual_seed(7))
 pytestmark = pytest.mark.usefixtures("no_inductor")
-
-
-class Net(nn.Module):
-    """A batch norm and a dropout, alone or as a body that ``inner`` runs in one way or another."""
-
-    def __init__(self, inner: Callable[["Net", torch.Tensor], torch.Tensor], norm: bool = True) -> None:
-        super().__init__()
-        self.inner, self.norm = inner, norm
-        self.fc, self.out = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.bn = nn.BatchNorm1d(4, eps=1e-3, momentum=0.03)
-        self.drop, self.last = nn.Dropout(0.3), nn.Dropout(0.15)
-
-    def body(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.fc(x)
-        return self.drop(self.bn(x) if self.norm else x)
-
-    @torch.compiler.nested_compile_region
-    def region(self, x: torch.Tensor) -> torch.Tensor:
-        return self.drop(self.fc(x))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(self.out(self.inner(self, x)))
-
-
-def _save_products(ctx, op, *args, **kwargs):
-    return CheckpointPolicy.MUST_SAVE if op == torch.ops.aten.mm.default else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-_selective = functools.partial(create_selective_checkpoint_contexts, _save_products)
 
 
 def _autocast(net, x):
@@ -67,27 +38,12 @@ def _inference(net, x):
     return y + z.clone()
 
 
-def _no_grad(net, x):
-    with torch.no_grad():
-        y = net.body(x)
-    return y + net.fc(x)
-
-
 def _kernel(net, x):
     q = net.body(x)[None]
     with sdpa_kernel(SDPBackend.MATH):
         return F.scaled_dot_product_attention(q, q, q, dropout_p=0.2 if net.training else 0.0)[0]
 
 
-CHECKPOINTS = {
-    "checkpoint": lambda net, x: checkpoint(net.body, x, use_reentrant=False) + net.fc(x),
-    "reentrant": lambda net, x: checkpoint(net.body, net.out(x), use_reentrant=True),
-    "selective": lambda net, x: checkpoint(net.body, x, use_reentrant=False, context_fn=_selective),
-    "nested": lambda net, x: checkpoint(
-        lambda y: checkpoint(net.body, y, use_reentrant=False) * 2, x, use_reentrant=False
-    ),
-    "without-grad": lambda net, x: _no_grad(net, x) + checkpoint(net.body, x.sin(), use_reentrant=False),
-}
 # Bodies that may not write, as batch norm would in train: eval statistics or none.
 BRANCHES = {
     "cond": lambda net, x: torch.cond(
@@ -95,13 +51,9 @@ BRANCHES = {
     ),
     "region": lambda net, x: net.region(net.out(x)) + net.region(x),
 }
-REGIONS = {"inference": _inference, "no_grad": _no_grad, "sdpa_kernel": _kernel}
+REGIONS = {"inference": _inference, "no_grad": no_grad, "sdpa_kernel": _kernel}
 ALL = {**CHECKPOINTS, **BRANCHES, **REGIONS}
 KINDS = pytest.mark.parametrize("kind", ALL)
-
-
-def compile_(module, **options):
-    return torch.compile(module, backend="pt2e_modes", options=options or None)
 
 
 def make(kind):
@@ -119,6 +71,13 @@ def test_flips_and_steps(kind):
     oracle = torch.compile(reference, backend="aot_eager") if kind in CHECKPOINTS else reference
     agrees(reference, module, compile_(module), [X], oracle=oracle, flips=2, steps=2)
     assert graphs_compiled() == (4 if kind in CHECKPOINTS else 2), "captured whole, in both modes"
+
+
+def test_a_checkpoint_whose_body_writes_nothing_equals_eager():
+    reference = Net(CHECKPOINTS["checkpoint"], norm=False)
+    module = copy.deepcopy(reference)
+    agrees(reference, module, compile_(module), [X])
+    assert graphs_compiled() == 2
 
 
 @KINDS
@@ -139,43 +98,25 @@ def test_modes_reach_into_bodies(kind, flags, parts):
         for part in parts:
             reference.get_submodule(part).train(not flags)
     oracle = torch.compile(reference, backend="aot_eager") if kind in CHECKPOINTS else reference
-    compiled = compile_(module, **options)
-    for seed in range(2):
-        results = []
-        for model, call in ((reference, oracle), (module, compiled)):
-            torch.manual_seed(seed)
-            model.zero_grad()
-            output = call(X)
-            output.square().sum().backward()
-            results.append((output.detach(), {n: p.grad for n, p in model.named_parameters()}, torch.get_rng_state()))
-        torch.testing.assert_close(results[1], results[0])
-        same_state(reference, module)
+    same_steps(reference, module, compile_(module, **options), [X], oracle=oracle, steps=2, tolerance=1e-5)
 
 
 def test_autocast_is_applied_while_tracing():
     """Equal to stock to the last bit; eager rounds in other places of the backward pass."""
-    reference, outputs = Net(_autocast), []
+    reference = Net(_autocast)
     module = copy.deepcopy(reference)
-    for model, backend in ((reference, "aot_eager"), (module, "pt2e_modes")):
-        compiled = torch.compile(model, backend=backend)
-        for mode in (True, False, True):
-            torch.manual_seed(0)
-            model.train(mode).zero_grad()
-            output = compiled(X)
-            output.square().sum().backward()
-            outputs.append((output.detach(), {n: p.grad for n, p in model.named_parameters()}, model.state_dict()))
-    torch.testing.assert_close(outputs[3:], outputs[:3], rtol=0, atol=0)
-    same_state(reference, module, 0.0)
-    torch.manual_seed(0)
-    torch.testing.assert_close(module(X), output)
+    oracle, compiled = torch.compile(reference, backend="aot_eager"), compile_(module)
+    for mode in (True, False, True):
+        reference.train(mode), module.train(mode)
+        same_steps(reference, module, compiled, [X], oracle=oracle, steps=2, tolerance=0.0)
+    same_step(copy.deepcopy(module), module, compiled, [X], tolerance=1e-5)
     assert graphs_compiled() == 4
     for training in (True, False):
         torch._dynamo.reset()
         forced = copy.deepcopy(module).train(not training)
-        torch.manual_seed(0)
-        output = compile_(forced, training=training)(X)
-        torch.manual_seed(0)
-        torch.testing.assert_close(output, copy.deepcopy(module).train(training)(X))
+        same_step(
+            copy.deepcopy(module).train(training), forced, compile_(forced, training=training), [X], tolerance=1e-5
+        )
         assert not torch.is_autocast_enabled("cpu")
 
 
@@ -210,186 +151,12 @@ def test_checkpoints_still_recompute(kind, monkeypatch):
             return checkpoint(
                 lambda y: checkpoint(functools.partial(tower, net), y, use_reentrant=False) * 2, x, use_reentrant=False
             )
-        options = {"context_fn": _selective} if kind == "selective" else {}
+        options = {"context_fn": selective} if kind == "selective" else {}
         return checkpoint(functools.partial(tower, net), x, use_reentrant=False, **options)
 
     ours = _graphs(Net(run), "pt2e_modes", monkeypatch)
     assert ours == _graphs(Net(run), None, monkeypatch)
     assert ours != _graphs(Net(tower), "pt2e_modes", monkeypatch), "nothing was checkpointed"
-
-
-class Scaled(torch.autograd.Function):
-    """Multiplies its gradient by 3, which nobody would derive from the forward."""
-
-    @staticmethod
-    def forward(ctx, x, p, training):
-        ctx.scale = 3.0 if training else 5.0
-        return F.dropout(x.clamp(-0.5, 0.5), p, training)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * ctx.scale, None, None
-
-
-class Clipped(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clamp(-0.5, 0.5)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * 3
-
-
-def _hook(net, x):
-    y = net.body(x)
-    y.register_hook(lambda grad: grad * 2)
-    return y.sin()
-
-
-def _data(net, x):
-    y = net.body(x).clone()
-    y.data.mul_(2)
-    return y.sin()
-
-
-@torch.compiler.allow_in_graph
-def _allowed(y):
-    return Clipped.apply(y)
-
-
-@torch.compiler.allow_in_graph
-def _allowed_dropout(y):
-    return F.dropout(y, 0.2, True)
-
-
-@torch._dynamo.nonstrict_trace
-def _traced(y):
-    return Clipped.apply(y)
-
-
-@torch._dynamo.nonstrict_trace
-def _traced_dropout(y):
-    return F.dropout(y, 0.2, True)
-
-
-@torch.library.custom_op("compile_modes_tests::double", mutates_args=())
-def _double(x: torch.Tensor) -> torch.Tensor:
-    return x * 2
-
-
-_double.register_fake(torch.empty_like)
-_double.register_autograd(lambda ctx, grad: grad * 2)
-
-# What is kept as it came, without a mode of its own.
-KEPT = {
-    "autograd.Function": lambda net, x: Clipped.apply(net.body(x)),
-    "hook": _hook,
-    "data": _data,
-    "vmap": lambda net, x: torch.vmap(lambda v: v.sin() * 2)(net.body(x)),
-    "func.grad": lambda net, x: torch.func.grad(lambda v: v.sin().sum())(net.body(x)),
-    "jvp": lambda net, x: sum(torch.func.jvp(torch.sin, (net.body(x),), (x,))),
-    # Two transforms, the second of which takes what the first one wrapped.
-    "jacrev": lambda net, x: net.drop(torch.func.jacrev(torch.sin)(net.body(x)).sum((2, 3))),
-    "allow_in_graph": lambda net, x: _allowed(net.body(x)),
-    "nonstrict_trace": lambda net, x: _traced(net.body(x)),
-    "custom_op": lambda net, x: _double(net.body(x)),
-    "vmap-in-checkpoint": lambda net, x: checkpoint(
-        lambda y: net.drop(torch.vmap(lambda v: v.sin() * 2)(net.fc(y))), x, use_reentrant=False
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", KEPT)
-def test_around_what_is_kept(kind):
-    reference = Net(KEPT[kind])
-    module = copy.deepcopy(reference)
-    agrees(reference, module, compile_(module), [X], flips=2, steps=2)
-    assert graphs_compiled() == 2
-    for flags in (True, False):
-        torch._dynamo.reset()
-        expected, forced = copy.deepcopy(reference).train(not flags), copy.deepcopy(reference).train(flags)
-        compiled = compile_(forced, training=not flags)
-        results = []
-        for model, call in ((expected, expected), (forced, compiled)):
-            torch.manual_seed(0)
-            output = call(X)
-            output.square().sum().backward()
-            results.append((output.detach(), {n: p.grad for n, p in model.named_parameters()}))
-        torch.testing.assert_close(results[1], results[0])
-        same_state(expected, forced)
-
-
-# What is kept as it came and has a mode, with the owner of it.
-KEPT_WITH_MODES = {
-    "autograd.Function": (lambda net, x: Scaled.apply(net.fc(x), 0.2, net.training), ""),
-    "vmap": (lambda net, x: torch.vmap(lambda v: net.drop(v * 2), randomness="different")(net.fc(x)), "drop"),
-    "func.grad": (lambda net, x: torch.func.grad(lambda v: net.drop(v.sin()).sum())(net.fc(x)), "drop"),
-}
-
-
-@pytest.mark.parametrize("kind", KEPT_WITH_MODES)
-def test_modes_that_are_kept(kind):
-    inner, owner = KEPT_WITH_MODES[kind]
-    reference = Net(inner)
-    module = copy.deepcopy(reference)
-    with pytest.warns(cm.ModeWarning, match="Overrides would not reach"):
-        agrees(reference, module, compile_(module), [X], flips=2, steps=2)
-    for flags, other in ((True, "eval"), (False, "train")):
-        module.train(flags)
-        torch._dynamo.reset()
-        with pytest.raises(cm.OverrideError, match="kept as Dynamo recorded it"):
-            compile_(module, training=not flags)(X)
-        with pytest.raises(cm.OverrideError, match="kept as Dynamo recorded it"):
-            compile_(module, overrides={owner: other})(X)
-        expected = copy.deepcopy(module)
-        expected.last.train(not flags)
-        for options in ({"overrides": {"last": other}}, {"training": flags, "overrides": {"last": other}}):
-            torch._dynamo.reset()
-            torch.manual_seed(0)
-            output = compile_(module, **options)(X)
-            torch.manual_seed(0)
-            torch.testing.assert_close(output, expected(X))
-
-
-@pytest.mark.parametrize("function", [_allowed_dropout, _traced_dropout], ids=["allow_in_graph", "nonstrict_trace"])
-def test_a_function_in_the_graph_with_a_mode_inside(function):
-    module = Net(lambda net, x: function(net.fc(x)))
-    with pytest.warns(cm.ModeWarning, match="Overrides would not reach"):
-        compile_(module)(X)
-    torch._dynamo.reset()
-    compile_(module, training=True)(X)
-    torch._dynamo.reset()
-    with pytest.raises(cm.OverrideError, match="does not show"):
-        compile_(module, training=False)(X)
-
-
-def test_bodies_that_cannot_be_traced_stay_as_they_came(monkeypatch):
-    from compile_modes.backend import capture
-
-    traced = capture._retrace
-
-    def failing(gm, inputs):
-        if "dropout" in gm.code and "running_mean" not in gm.code:
-            raise ValueError("no")
-        return traced(gm, inputs)
-
-    monkeypatch.setattr(capture, "_retrace", failing)
-
-    def run(net, x):
-        return checkpoint(lambda y: net.drop(net.fc(y)), net.bn(x), use_reentrant=False)
-
-    module = Net(run)
-    module.last = nn.Identity()
-    reference = copy.deepcopy(module)
-    monkeypatch.setattr(reference, "forward", functools.partial(Net.forward, reference))
-    with pytest.warns(cm.ModeWarning, match=r"would not reach .*owner 'drop'"):
-        agrees(reference, module, compile_(module), [X], flips=1, steps=2)
-    torch._dynamo.reset()
-    module.train()
-    compile_(module, overrides={"bn": "eval"})(X)
-    with pytest.raises(cm.OverrideError, match="kept as Dynamo recorded it"):
-        compile_(module, overrides={"drop": "eval"})(X)
 
 
 class Shared(nn.Module):
@@ -424,11 +191,7 @@ def test_calls_of_one_region_have_modes_of_their_own():
         expected, forced = copy.deepcopy(reference).eval(), copy.deepcopy(reference).eval()
         expected.layers[chosen].drop.train()
         compiled = compile_(forced, overrides={f"layers.{chosen}.drop": "train"})
-        torch.manual_seed(0)
-        output = compiled(X)
-        output.sum().backward()
-        torch.manual_seed(0)
-        torch.testing.assert_close(output, expected(X))
+        same_steps(expected, forced, compiled, [X], steps=1, tolerance=1e-5)
     torch._dynamo.reset()
     with pytest.raises(cm.OverrideError, match=r"layers\.3\.drop"):
         compile_(reference, overrides={"layers.4.drop": "eval"})(X)
@@ -452,10 +215,8 @@ def test_loops(kind):
         module.out = nn.Identity()
         expected = copy.deepcopy(module).train(not flags)
         with torch.no_grad():
-            torch.manual_seed(0)
-            output = compile_(module, training=not flags)(X)
-            torch.manual_seed(0)
-            torch.testing.assert_close(output, torch.compile(expected, backend="aot_eager")(X))
+            oracle = torch.compile(expected, backend="aot_eager")
+            same_outputs(oracle, compile_(module, training=not flags), X, seeds=1, tolerance=1e-5)
 
 
 def test_flex_attention():
@@ -470,10 +231,8 @@ def test_flex_attention():
         expected.last.train(not flags)
         expected.drop.train(not flags)
         other = "eval" if flags else "train"
-        torch.manual_seed(0)
-        output = compile_(module, overrides={"last": other, "drop": other})(torch.cat([X] * 4, -1)[:, :4])
-        torch.manual_seed(0)
-        torch.testing.assert_close(output, expected(X))
+        compiled = compile_(module, overrides={"last": other, "drop": other})
+        same_outputs(expected, compiled, torch.cat([X] * 4, -1)[:, :4], seeds=1, tolerance=1e-5)
 
 
 class Exported(nn.Module):
@@ -505,13 +264,6 @@ def test_regions_of_bound_programs(start):
         for name in ("bn", "last"):
             expected.get_submodule(name).train(not flags)
         other = "eval" if flags else "train"
-        outputs = []
         stock = torch.compile(expected, backend="aot_eager")
-        for call in (stock, compile_(module, overrides={"bn": other, "last": other})):
-            torch.manual_seed(0)
-            outputs.append(call(X))
-            outputs[-1].sum().backward()
-        assert torch.equal(*outputs)
-        same_state(expected, module, 0.0)
-        for a, b in zip(expected.parameters(), module.parameters(), strict=True):
-            torch.testing.assert_close(b.grad, a.grad, rtol=0, atol=0)
+        compiled = compile_(module, overrides={"bn": other, "last": other})
+        same_steps(expected, module, compiled, [X], oracle=stock, steps=1, tolerance=0.0)
