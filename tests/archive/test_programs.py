@@ -1,7 +1,6 @@
 """What a file keeps: values, layout, sharing and behaviour of one or two programs."""
 
 import copy
-import functools
 import io
 import os
 import subprocess
@@ -15,76 +14,10 @@ from torch import nn
 from torch.export.pt2_archive._package import load_pt2
 
 import compile_modes as cm
+from archive.kinds import Zoo, assert_same, both, storage, tensors, zoo
 from compile_modes.archive import programs as archive
 from nets import IMAGE, ConvNet
 from oracle import agrees
-
-DTYPES = [
-    torch.float16, torch.bfloat16, torch.float64, torch.complex64, torch.complex128, torch.bool, torch.uint8,
-    torch.int8, torch.int64, torch.uint16, torch.float8_e4m3fn,
-]  # fmt: skip
-
-
-class Zoo(nn.Module):
-    """Tensors of all kinds. Constants differ by mode, and one name is a constant in both."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.second.weight = self.first.weight
-        self.frozen = nn.Parameter(torch.randn(4), requires_grad=False)
-        self.scalar = nn.Parameter(torch.tensor(2.0))
-        self.last = nn.Parameter(torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last))
-        buffers = {f"kind{i}": torch.randint(0, 2, (3, 2)).to(dtype) for i, dtype in enumerate(DTYPES)}
-        buffers |= {"empty": torch.zeros(0, 3), "flat": torch.zeros(2, 0, dtype=torch.int32)}
-        buffers |= {"slice": torch.arange(10.0)[3:7], "transposed": torch.randn(4, 3).t(), "one": torch.tensor(1.5)}
-        buffers |= {"stepped": torch.randn(6, 4)[::2, 1:], "expanded": torch.randn(1, 3).expand(2, 3)}
-        buffers |= {"conj": torch.randn(5, dtype=torch.complex64)[1:].conj()}
-        buffers |= {"negative": torch.randn(4, dtype=torch.complex64).conj().imag}
-        whole = torch.randn(8)
-        buffers |= {"left": whole[:5], "right": whole[3:], "bits": whole.view(torch.int32)}
-        for name, value in buffers.items():
-            self.register_buffer(name, value)
-        self.register_buffer("table", torch.randn(4), persistent=False)
-        self.register_buffer("view", self.first.weight.detach()[1:], persistent=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.second(self.first(x)) * self.scalar + self.frozen + self.table
-        for buffer in (self.last, *self._buffers.values()):
-            if buffer.dtype != torch.float8_e4m3fn:
-                y = y + (buffer.real if buffer.is_complex() else buffer).double().sum().float()
-        offset = torch.tensor([1.0, 2.0, 3.0, 4.0]) if self.training else torch.tensor([0.5, 0.0, 0.0, 0.0])
-        return y + offset
-
-
-def both(model: nn.Module, *args: torch.Tensor) -> dict[str, torch.export.ExportedProgram]:
-    return {mode: torch.export.export(model.train(mode == "train"), args) for mode in ("train", "eval")}
-
-
-@functools.cache
-def zoo() -> tuple[Zoo, dict[str, torch.export.ExportedProgram]]:
-    """For the tests that write to none of its tensors."""
-    model = Zoo()
-    return model, both(model, torch.randn(2, 4))
-
-
-def tensors(program: torch.export.ExportedProgram) -> dict[str, torch.Tensor]:
-    return {**program.state_dict, **program.constants}
-
-
-def storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-def assert_same(before: torch.Tensor, after: torch.Tensor) -> None:
-    assert torch.equal(before.float(), after.float()) if before.dtype.itemsize == 1 else torch.equal(before, after)
-    for what in ("dtype", "shape", "device", "requires_grad"):
-        assert getattr(before, what) == getattr(after, what), what
-    assert isinstance(before, nn.Parameter) == isinstance(after, nn.Parameter)
-    if not (before.is_conj() or before.is_neg()):
-        assert before.stride() == after.stride()
-    assert after.is_leaf
-    assert not after._is_view()
 
 
 @pytest.fixture
@@ -187,97 +120,6 @@ def test_notes_that_would_not_are_refused(path, notes):
     assert not path.exists()
 
 
-# Values trained since export
-
-
-def test_state_replaces_values_and_leaves_the_programs_alone(path):
-    programs = both(ConvNet(), IMAGE)
-    held = {mode: dict(tensors(program)) for mode, program in programs.items()}
-    before = copy.deepcopy(held["train"])
-    trained = ConvNet()
-    trained(IMAGE)
-    archive.write(path, programs, {}, state=trained.state_dict())
-    for mode, program in programs.items():
-        for name, tensor in tensors(program).items():
-            assert tensor is held[mode][name]
-            assert torch.equal(tensor, before[name])
-    loaded, _ = archive.read(path)
-    for program in loaded.values():
-        for name, value in trained.state_dict(keep_vars=True).items():
-            assert_same(value, program.state_dict[name])
-    assert torch.equal(loaded["eval"].module()(IMAGE), trained.eval()(IMAGE))
-
-
-def test_state_in_place_or_of_all_kinds(path):
-    model, programs = zoo()
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    state |= {"table": torch.full((4,), 9.0), "scalar": torch.tensor(-3.0), "slice": torch.ones(4)}
-    state |= {
-        "conj": torch.ones(4, dtype=torch.complex64).conj(),
-        "expanded": torch.zeros(2, 3),
-        "left": torch.zeros(5),
-    }
-    state |= {"right": torch.tensor([0.0, 0.0, 4.0, float("nan"), 5.0])}
-    state["bits"] = torch.cat([state["left"], state["right"][2:]]).view(torch.int32)
-    archive.write(path, programs, {}, state)
-    loaded = tensors(archive.read(path)[0]["eval"])
-    for name, value in state.items():
-        close = torch.allclose if value.is_floating_point() and value.dtype.itemsize > 1 else torch.equal
-        assert close(loaded[name], value, **({"equal_nan": True} if close is torch.allclose else {})), name
-        if name in model._buffers and name not in ("conj", "negative"):
-            assert loaded[name].stride() == model.get_buffer(name).stride(), name
-    archive.write(path, programs, {}, model.state_dict())  # the very tensors
-    for name, value in tensors(archive.read(path)[0]["train"]).items():
-        assert_same(tensors(programs["train"])[name], value)
-
-
-def test_a_parameter_in_state_decides_on_requires_grad(path):
-    program = torch.export.export(ConvNet(), (IMAGE,))
-    state = {"fc.bias": nn.Parameter(torch.zeros(5), requires_grad=False), "fc.weight": torch.zeros(5, 4)}
-    archive.write(path, {"train": program}, {}, state)
-    loaded = archive.read(path)[0]["train"].state_dict
-    assert not loaded["fc.bias"].requires_grad
-    assert loaded["fc.weight"].requires_grad
-    assert program.state_dict["fc.bias"].requires_grad
-
-
-def test_a_parameter_in_state_decides_for_all_names_of_a_tied_weight(path):
-    model, programs = zoo()
-    state = dict(copy.deepcopy(model).requires_grad_(False).named_parameters())
-    assert "second.weight" not in state
-    archive.write(path, programs, {}, state)
-    loaded = archive.read(path)[0]["train"].state_dict
-    assert loaded["first.weight"] is loaded["second.weight"]
-    assert not loaded["second.weight"].requires_grad
-    assert programs["train"].state_dict["first.weight"].requires_grad
-
-
-@pytest.mark.parametrize(
-    ("state", "message"),
-    [
-        ({"first.weight": torch.zeros(4, 4), "second.weight": torch.ones(4, 4)}, "disagree"),
-        ({"first.weight": torch.zeros(4, 4), "view": torch.ones(3, 4)}, "disagree"),
-        ({"expanded": torch.arange(6.0).reshape(2, 3)}, "disagree"),
-        ({"first.bias": torch.zeros(5)}, r"torch.float32, torch.strided and shape \(5,\)"),
-        ({"first.bias": torch.zeros(4, dtype=torch.float64)}, "torch.float64"),
-        ({"first.bias": torch.zeros(4, device="meta")}, "no values"),
-        ({"first.bias": [0.0] * 4}, "a list, not a tensor"),
-        ({"third.bias": torch.zeros(4)}, "no program has such a value"),
-        ({"lifted_tensor_0": torch.zeros(4)}, "no program has such a value"),
-    ],
-)
-def test_state_that_does_not_fit_is_refused(path, state, message):
-    with pytest.raises(cm.ArchiveError, match=message) as error:
-        archive.write(path, zoo()[1], {}, state)
-    assert error.value.where.startswith("state['")
-    assert os.listdir(path.parent) == []
-
-
-def test_one_of_two_tied_values_is_enough(path):
-    archive.write(path, zoo()[1], {}, {"second.weight": torch.ones(4, 4)})
-    assert torch.equal(archive.read(path)[0]["train"].state_dict["first.weight"], torch.ones(4, 4))
-
-
 # The file
 
 
@@ -360,6 +202,7 @@ def read_in_new_process(path, x, setup=""):
     return torch.load(inputs) if done.returncode == 0 else done.stderr
 
 
+@pytest.mark.slow
 def test_a_new_process_without_the_class(path):
     model = ConvNet()
     programs = both(copy.deepcopy(model), IMAGE)
@@ -380,6 +223,7 @@ twice.register_fake(lambda x: torch.empty_like(x))
 """
 
 
+@pytest.mark.slow
 def test_operators_that_the_process_does_not_know_are_named(path, tmp_path):
     (tmp_path / "operators_of_test.py").write_text(OPERATOR)
     sys.path.insert(0, str(tmp_path))

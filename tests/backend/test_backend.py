@@ -10,24 +10,14 @@ import compile_modes as cm
 from compile_modes import _compat
 from compile_modes.backend.entry import Options
 from graphs import graphs_compiled
-from nets import IMAGE, Activations, Attention, ConvNet, HardCoded, Norms, Parent, Regions, UnusedNorm
+from nets import IMAGE, Attention, BrokenBetween, ConvNet, HardCoded, Parent
 from oracle import agrees, same_outputs, same_steps
-from setups import compile_
-
-STARTS = pytest.mark.parametrize("start", [True, False], ids=["train-export", "eval-export"])
-MODELS = [
-    pytest.param(ConvNet, IMAGE, id="conv"),
-    pytest.param(Activations, torch.randn(3, 4, 6), id="activations"),
-    pytest.param(Norms, torch.randn(3, 4, 5), id="norms"),
-    pytest.param(Regions, IMAGE, id="regions"),
-    pytest.param(Attention, torch.randn(2, 5, 8), id="attention"),
-    pytest.param(UnusedNorm, torch.randn(3, 4), id="unused"),
-]
+from setups import STARTS, compile_, nets
 
 
 @pytest.mark.usefixtures("no_inductor")
 class TestWithoutInductor:
-    @pytest.mark.parametrize(("build", "x"), MODELS)
+    @pytest.mark.parametrize(("build", "x"), nets("conv", "activations", "norms", "regions", "attention", "unused"))
     def test_eager_models(self, build, x):
         reference = build()
         module = copy.deepcopy(reference)
@@ -149,17 +139,7 @@ class TestWithoutInductor:
         compile_(model, overrides={"drop": "train"})(x)
 
     def test_patterns_may_be_meant_for_another_part_of_a_broken_graph(self):
-        class Broken(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.first, self.second = nn.Dropout(0.5), nn.Dropout(0.5)
-
-            def forward(self, x):
-                x = self.first(x)
-                torch._dynamo.graph_break()
-                return self.second(x)
-
-        model = Broken()
+        model = BrokenBetween()
         compiled = compile_(model, overrides={"first": "eval", "second": "eval"})
         assert torch.equal(compiled(torch.ones(50)), torch.ones(50))
 

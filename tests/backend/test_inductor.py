@@ -9,17 +9,11 @@ from torch.utils.checkpoint import checkpoint
 
 import compile_modes as cm
 from graphs import graphs_compiled
-from nets import IMAGE, Activations, Attention, ConvNet, Norms, Parent, Regions, UnusedNorm
+from nets import IMAGE, ConvNet, Parent
 from oracle import agrees
+from setups import nets
 
 KINDS = ["eager", "bound-train", "bound-eval"]
-SLOW = [
-    pytest.param(Activations, torch.randn(3, 4, 6), id="activations"),
-    pytest.param(Norms, torch.randn(3, 4, 5), id="norms"),
-    pytest.param(Regions, IMAGE, id="regions"),
-    pytest.param(Attention, torch.randn(2, 5, 8), id="attention"),
-    pytest.param(UnusedNorm, torch.randn(3, 4), id="unused"),
-]
 
 
 # In larger graphs, Inductor of torch 2.11 draws in another order than eager despite fallback_random. Stock Inductor is
@@ -39,7 +33,7 @@ def make(model, kind, x):
     return cm.bind(torch.export.export(copy.deepcopy(model).train(kind == "bound-train"), (x,)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k == "bound-train" else pytest.mark.slow) for k in KINDS])
 def test_trains_and_evaluates_as_eager(kind):
     reference = ConvNet()
     module = make(reference, kind, IMAGE)
@@ -57,7 +51,7 @@ def test_nested_in_a_compiled_parent(kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["eager", "bound-train"])
-@pytest.mark.parametrize(("build", "x"), SLOW)
+@pytest.mark.parametrize(("build", "x"), nets("activations", "norms", "regions", "attention", "unused"))
 def test_other_sites(build, x, kind):
     reference = build()
     module = make(reference, kind, x)

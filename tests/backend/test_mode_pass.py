@@ -14,10 +14,11 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import compile_modes as cm
+from backend.nested import CHECKPOINTS, Net, X
 from compile_modes.backend import mode_pass as passes
 from graphs import graphs_compiled
-from nets import IMAGE, Activations, ConvNet, Parent, Regions, Small
-from oracle import same_state
+from nets import IMAGE, Activations, BrokenBetween, ConvNet, Parent, Regions, Small
+from oracle import same_steps
 
 CASES = {
     "eval": (True, {"training": False}, lambda m: m.eval()),
@@ -49,24 +50,6 @@ def make(model, kind, x):
     return cm.bind(torch.export.export(copy.deepcopy(model), (x,))) if kind == "bound" else copy.deepcopy(model)
 
 
-def agrees(reference, module, compiled, x, steps=3, oracle=None):
-    """Equal outputs, gradients and state over several steps; the modes are those of the caller."""
-    oracle = reference if oracle is None else oracle
-    theirs = dict(module.named_parameters())
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (reference, module)]
-    for step in range(steps):
-        outputs = [(torch.manual_seed(step), f(x))[1] for f in (oracle, compiled)]
-        torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
-        for output, optimizer in zip(outputs, optimizers, strict=True):
-            optimizer.zero_grad()
-            output.square().mean().backward()
-        for name, p in reference.named_parameters():
-            torch.testing.assert_close(theirs[name].grad, p.grad, rtol=1e-4, atol=1e-4)
-        for optimizer in optimizers:
-            optimizer.step()
-    same_state(reference, module)
-
-
 @pytest.mark.parametrize("kind", ["eager", "bound"])
 @pytest.mark.parametrize("case", CASES)
 def test_forced_modes(case, kind):
@@ -74,7 +57,7 @@ def test_forced_modes(case, kind):
     reference = ConvNet()
     module = make(reference, kind, IMAGE).train(flags)
     equivalent(reference.train(flags))
-    agrees(reference, module, compile_(module, cm.ModePass(**options), fullgraph=True), IMAGE)
+    same_steps(reference, module, compile_(module, cm.ModePass(**options), fullgraph=True), [IMAGE])
 
 
 @pytest.mark.parametrize(
@@ -83,13 +66,13 @@ def test_forced_modes(case, kind):
 def test_to_eval(build, x):
     reference = build()
     module = copy.deepcopy(reference)
-    agrees(reference.eval(), module, compile_(module, cm.ModePass(training=False), dynamic=True), x)
+    same_steps(reference.eval(), module, compile_(module, cm.ModePass(training=False), dynamic=True), [x])
 
 
 def test_to_train():
     reference = Activations()
     module = copy.deepcopy(reference).eval()
-    agrees(reference, module, compile_(module, cm.ModePass(training=True)), torch.randn(3, 4, 6))
+    same_steps(reference, module, compile_(module, cm.ModePass(training=True)), [torch.randn(3, 4, 6)])
 
 
 def test_bodies_are_reached_through_the_graph_that_runs_them():
@@ -104,21 +87,11 @@ def test_bodies_are_reached_through_the_graph_that_runs_them():
 
     reference = Branches()
     module = copy.deepcopy(reference)
-    agrees(reference.eval(), module, compile_(module, cm.ModePass(training=False)), torch.ones(3, 4))
+    same_steps(reference.eval(), module, compile_(module, cm.ModePass(training=False)), [torch.ones(3, 4)])
 
 
 def test_patterns_may_be_meant_for_another_part_of_a_broken_graph():
-    class Broken(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = nn.Dropout(0.5), nn.Dropout(0.5)
-
-        def forward(self, x):
-            x = self.first(x)
-            torch._dynamo.graph_break()
-            return self.second(x)
-
-    compiled = compile_(Broken(), cm.ModePass(overrides={"first": "eval", "second": "eval"}))
+    compiled = compile_(BrokenBetween(), cm.ModePass(overrides={"first": "eval", "second": "eval"}))
     assert torch.equal(compiled(torch.ones(50)), torch.ones(50))
 
 
@@ -168,19 +141,10 @@ def test_bad_options_are_refused_at_once(options):
         cm.ModePass(**options)
 
 
-class Checkpointed(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.4))
-
-    def forward(self, x):
-        return torch.utils.checkpoint.checkpoint(self.body, x, use_reentrant=False)
-
-
 def test_the_body_of_a_checkpoint():
-    reference = Checkpointed()
+    reference = Net(CHECKPOINTS["checkpoint"], norm=False)
     module = copy.deepcopy(reference)
-    agrees(reference.eval(), module, compile_(module, cm.ModePass(training=False)), torch.randn(3, 4))
+    same_steps(reference.eval(), module, compile_(module, cm.ModePass(training=False)), [X])
 
 
 def test_what_cannot_be_captured(monkeypatch):
@@ -194,7 +158,7 @@ def test_what_cannot_be_captured(monkeypatch):
     reference = Small(4)
     module = copy.deepcopy(reference)
     with pytest.warns(cm.ModeWarning, match="as it came") as caught:
-        agrees(reference, module, compile_(module, cm.ModePass()), torch.randn(3, 4))
+        same_steps(reference, module, compile_(module, cm.ModePass()), [torch.randn(3, 4)])
     assert len([w for w in caught if issubclass(w.category, cm.ModeWarning)]) == 1
 
 
@@ -241,7 +205,7 @@ def test_inductor(case, kind):
     equivalent(reference.train(flags))
     # Inductor of torch 2.11 draws in another order than eager despite fallback_random; see test_inductor.py.
     oracle = reference if torch.__version__ >= "2.12" else torch.compile(reference)
-    agrees(reference, module, inductor(module, cm.ModePass(**options)), IMAGE, oracle=oracle)
+    same_steps(reference, module, inductor(module, cm.ModePass(**options)), [IMAGE], oracle=oracle)
 
 
 @pytest.mark.slow

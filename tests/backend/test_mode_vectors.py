@@ -14,12 +14,13 @@ from torch import nn
 import compile_modes as cm
 from compile_modes import _compat
 from graphs import graphs_compiled
+from oracle import same_gradients, same_outputs, same_step, seeded, sgd
 
 
 class Layers(nn.Module):
     """Unfrozen layer by layer."""
 
-    def __init__(self, depth=12):
+    def __init__(self, depth=6):
         super().__init__()
         self.fc = nn.Linear(3, 3)
         self.layers = nn.ModuleList([*(nn.Dropout(0.1) for _ in range(depth - 1)), nn.BatchNorm1d(3)])
@@ -32,7 +33,14 @@ class Layers(nn.Module):
 
 
 X = torch.randn(5, 3)
-LIMIT = torch._dynamo.config.recompile_limit
+LIMIT, VECTORS = 4, 7
+
+
+@pytest.fixture(autouse=True)
+def _small_limit():
+    """Half of Dynamo's own limit, and half as many layers to reach it."""
+    with torch._dynamo.config.patch(recompile_limit=LIMIT):
+        yield
 
 
 def unfreeze(model, layers):
@@ -83,31 +91,22 @@ def alive(artefacts):
 
 def same_as_eager(reference, compiled, model, vectors):
     """Trains a little under each vector and compares everything with eager."""
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (reference, model)]
+    optimizers = sgd(reference, model)
     for vector in vectors:
-        outputs = []
-        for m, f, optimizer in zip((reference, model), (reference, compiled), optimizers, strict=True):
-            unfreeze(m, vector)
-            torch.manual_seed(vector)
-            outputs.append(f(X))
-            optimizer.zero_grad()
-            outputs[-1].square().sum().backward()
-            optimizer.step()
-        torch.testing.assert_close(outputs[1], outputs[0])
-    for (name, a), b in zip(reference.state_dict().items(), model.state_dict().values(), strict=True):
-        torch.testing.assert_close(b, a, msg=name)
+        unfreeze(reference, vector), unfreeze(model, vector)
+        same_step(reference, model, compiled, [X], optimizers=optimizers, seed=vector, tolerance=1e-5)
 
 
 def test_stock_dynamo_runs_eager_beyond_its_limit(artefacts):
-    """The problem: it compiles 8 of 13 vectors, and the others run uncompiled for ever."""
+    """The problem: it compiles as many vectors as fit, and the others run uncompiled for ever."""
     model = Layers()
     compiled = torch.compile(model, backend="pt2e_modes")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", cm.ModeWarning)
-        took = [call(compiled, model, vector) for vector in range(13)]
-    assert took == [1] * LIMIT + [0] * (13 - LIMIT)
+        took = [call(compiled, model, vector) for vector in range(VECTORS)]
+    assert took == [1] * LIMIT + [0] * (VECTORS - LIMIT)
     calls = sum(ref().calls for ref in artefacts)
-    assert call(compiled, model, 12) == 0
+    assert call(compiled, model, VECTORS - 1) == 0
     assert sum(ref().calls for ref in artefacts) == calls == LIMIT
 
 
@@ -122,12 +121,12 @@ def test_all_vectors_are_compiled(kind, keep, artefacts):
         model.compile(backend="pt2e_modes", options={"mode_vectors": keep}, fullgraph=True)
     else:
         compiled = torch.compile(model, backend="pt2e_modes", options={"mode_vectors": keep}, fullgraph=True)
-    same_as_eager(reference, compiled, model, range(13))
-    assert graphs_compiled() == 13
-    assert alive(artefacts) == list(range(13))[-keep:]
-    same_as_eager(reference, compiled, model, range(13))
-    assert graphs_compiled() == (13 if keep == 20 else 26)
-    assert len(alive(artefacts)) == min(keep, 13)
+    same_as_eager(reference, compiled, model, range(VECTORS))
+    assert graphs_compiled() == VECTORS
+    assert alive(artefacts) == list(range(VECTORS))[-keep:]
+    same_as_eager(reference, compiled, model, range(VECTORS))
+    assert graphs_compiled() == (VECTORS if keep == 20 else 2 * VECTORS)
+    assert len(alive(artefacts)) == min(keep, VECTORS)
 
 
 def test_the_least_recently_used_goes_first(artefacts):
@@ -150,14 +149,12 @@ def test_backward_outlives_eviction(artefacts):
     outputs = []
     for m, f in ((reference, reference), (model, compiled)):
         unfreeze(m, 4)
-        torch.manual_seed(0)
-        outputs.append(f(X))
+        outputs.append(seeded(f, X))
     call(compiled, model, 0)  # another would write to statistics that backward needs
     assert alive(artefacts) == [1]
     for y in outputs:
         y.square().sum().backward()
-    for a, b in zip(reference.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(b.grad, a.grad)
+    same_gradients(reference, model, 1e-5)
 
 
 def test_a_frame_that_runs_an_evicted_entry_finishes(artefacts):
@@ -173,9 +170,7 @@ def test_a_frame_that_runs_an_evicted_entry_finishes(artefacts):
     model = Recursive(2)
     reference = copy.deepcopy(model)
     compiled = torch.compile(model, backend="pt2e_modes", options={"mode_vectors": 1})
-    for seed in range(4):
-        outputs = [(torch.manual_seed(seed), f(X))[1] for f in (reference, compiled)]
-        torch.testing.assert_close(*outputs)
+    same_outputs(reference, compiled, X, seeds=4, tolerance=1e-5)
 
 
 def test_shapes_and_grad_modes_of_a_vector_stay_together(artefacts):
@@ -230,9 +225,9 @@ def test_what_it_says_when_the_last_slot_is_taken(artefacts):
     assert_expected_inline(
         message,
         """\
-forward (test_vectors.py:LINE) is now compiled for 8 combinations of modes, and Dynamo has no room for more:
+forward (test_mode_vectors.py:LINE) is now compiled for 4 combinations of modes, and Dynamo has no room for more:
 the next new one runs in eager mode, or raises if fullgraph=True.
-  what to do: raise torch._dynamo.config.recompile_limit (8), or pass options={"mode_vectors": N},
+  what to do: raise torch._dynamo.config.recompile_limit (4), or pass options={"mode_vectors": N},
   which keeps the N combinations that were used last, and compiles others again""",
     )
 
@@ -248,7 +243,7 @@ def test_it_counts_for_the_limit_in_force(artefacts):
     with torch._dynamo.config.patch(recompile_limit=20):
         model = Layers()
         compiled = torch.compile(model, backend="pt2e_modes")
-        assert sum(call(compiled, model, v) for v in range(3, 13)) == 10
+        assert sum(call(compiled, model, v) for v in range(3, VECTORS)) == VECTORS - 3
 
 
 @pytest.mark.skipif(torch.__version__ < "2.13", reason="torch.compile has no such arguments")
@@ -293,7 +288,7 @@ def test_what_it_says_when_nothing_more_will_be_compiled(artefacts):
     assert_expected_inline(
         text_of(caught[0]),
         """\
-forward (test_vectors.py:LINE) has been compiled 5 times, and Dynamo compiles no function more often:
+forward (test_mode_vectors.py:LINE) has been compiled 5 times, and Dynamo compiles no function more often:
 new combinations of modes run in eager mode.
   what to do: raise the option mode_vectors or torch._dynamo.config.accumulated_recompile_limit""",
     )

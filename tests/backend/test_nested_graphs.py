@@ -53,7 +53,15 @@ BRANCHES = {
 }
 REGIONS = {"inference": _inference, "no_grad": no_grad, "sdpa_kernel": _kernel}
 ALL = {**CHECKPOINTS, **BRANCHES, **REGIONS}
-KINDS = pytest.mark.parametrize("kind", ALL)
+NORM, DROPOUT, EVERYTHING = ("bn", "last"), ("drop",), None
+# More ways to write the body of a checkpoint: the default run puts everything at once into the other mode there.
+MORE = ("reentrant", "selective", "nested")
+PARTS = [
+    pytest.param(kind, parts, marks=[pytest.mark.slow] if parts and kind in MORE else [], id=f"{kind}-{name}")
+    for kind in ALL
+    for name, parts in (("norm", NORM), ("dropout", DROPOUT), ("all", EVERYTHING))
+    if parts is not NORM or kind not in (*BRANCHES, "inference")  # which have no batch norm
+]
 
 
 def make(kind):
@@ -80,9 +88,8 @@ def test_a_checkpoint_whose_body_writes_nothing_equals_eager():
     assert graphs_compiled() == 2
 
 
-@KINDS
 @pytest.mark.parametrize("flags", [True, False], ids=["flags-train", "flags-eval"])
-@pytest.mark.parametrize("parts", [("bn", "last"), ("drop",), None], ids=["norm", "dropout", "all"])
+@pytest.mark.parametrize(("kind", "parts"), PARTS)
 def test_modes_reach_into_bodies(kind, flags, parts):
     reference = make(kind).train(flags)
     module = copy.deepcopy(reference)
@@ -91,8 +98,6 @@ def test_modes_reach_into_bodies(kind, flags, parts):
             pytest.skip("attention in eval has no probability")
         options = {"training": not flags}
         reference.train(not flags)
-    elif "bn" in parts and (kind in BRANCHES or kind == "inference"):
-        pytest.skip("has no batch norm")
     else:
         options = {"overrides": dict.fromkeys(parts, "eval" if flags else "train")}
         for part in parts:

@@ -11,13 +11,9 @@ from backend.overridden import VECTOR
 from graphs import owner_matches
 from nets import IMAGE, ConvNet, Parent, Regions, Small
 from oracle import same_outputs, same_state, same_steps
-from setups import compile_
+from setups import bound, compile_
 
 pytestmark = pytest.mark.usefixtures("no_inductor")
-
-
-def bound(model, x, training=True):
-    return cm.bind(torch.export.export(copy.deepcopy(model).train(training), (x,)))
 
 
 def agree(reference, module, compiled, x):

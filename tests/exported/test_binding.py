@@ -1,5 +1,6 @@
+"""``bind``: modules that follow their flags, beside eager ones."""
+
 import copy
-import warnings
 
 import pytest
 import torch
@@ -8,54 +9,33 @@ from expecttest import assert_expected_inline
 from torch import fx, nn
 
 import compile_modes as cm
-from graphs import graphs_compiled
 from nets import (
     IMAGE,
-    Activations,
-    Attention,
+    VECTORS,
     ConvNet,
+    FunctionalNorm,
     HardCoded,
-    Norms,
-    Parent,
-    Recurrent,
     Regions,
     Small,
-    UnusedNorm,
-    UserCounter,
+    Twice,
 )  # fmt: skip
 from oracle import agrees, literals, same_outputs, same_state, text
-
-VECTORS = torch.randn(3, 4, generator=torch.Generator().manual_seed(4))
-MODELS = [
-    pytest.param(ConvNet, IMAGE, id="conv"),
-    pytest.param(Activations, torch.randn(3, 4, 6), id="activations"),
-    pytest.param(Norms, torch.randn(3, 4, 5), id="norms"),
-    pytest.param(Recurrent, torch.randn(3, 7, 4), id="recurrent"),
-    pytest.param(Regions, IMAGE, id="regions"),
-    pytest.param(UnusedNorm, VECTORS, id="unused"),
-    pytest.param(UserCounter, VECTORS, id="counter"),
-]
-STARTS = pytest.mark.parametrize("start", [True, False], ids=["train-export", "eval-export"])
-
-
-def export(model, *args):
-    return torch.export.export(model, args)
-
-
-def twin(model, start, *args):
-    """An eager model, and the bound export of a copy with the same state."""
-    return model, cm.bind(export(copy.deepcopy(model).train(start), *args))
+from setups import STARTS, export, nets, twin
 
 
 @STARTS
-@pytest.mark.parametrize(("build", "x"), MODELS)
+@pytest.mark.parametrize(
+    ("build", "x"), nets("conv", "activations", "norms", "recurrent", "regions", "unused", "counter")
+)
 def test_bound_modules_equal_eager(build, x, start):
     reference, bound = twin(build(), start, x)
     agrees(reference, bound, inputs=[x], tolerance=0.0)
 
 
 @STARTS
-@pytest.mark.parametrize(("build", "x"), MODELS)
+@pytest.mark.parametrize(
+    ("build", "x"), nets("conv", "activations", "norms", "recurrent", "regions", "unused", "counter")
+)
 def test_binding_changes_no_behaviour(build, x, start):
     ep = export(build().train(start), x)
     plain, bound = ep.module(), copy.deepcopy(cm.bind(ep.module()))
@@ -146,56 +126,6 @@ def test_a_strict_eval_export_has_its_counters_back():
         cm.bind(program.module())
 
 
-@STARTS
-def test_bake_writes_the_flags_back(start):
-    bound = cm.bind(export(ConvNet().train(start), IMAGE))
-    graphs = text(export(ConvNet().train(start), IMAGE).module())
-    assert cm.bake(bound) is bound
-    assert text(bound) == graphs
-    with pytest.raises(cm.BindError, match="baked"):
-        bound.eval()
-    assert cm.bind(bound).eval() is bound
-
-
-def test_bake_refuses_what_is_no_mode():
-    bound = cm.bind(export(ConvNet(), IMAGE))
-    graphs = text(bound)
-    with pytest.raises(cm.OptionError, match="training is 'eval'"):
-        cm.bake(bound, training="eval")
-    assert text(bound) == graphs
-    with pytest.raises(cm.BindError, match="no site is bound"):
-        cm.bake(export(ConvNet(), IMAGE).module(), training=False)
-
-
-def test_bake_keeps_submodule_modes_unless_told():
-    bound = cm.bind(export(ConvNet(), IMAGE))
-    bound.block1.eval()
-    mixed = {s.owner: s.training for s in cm.sites(cm.bake(copy.deepcopy(bound)))}
-    assert mixed == {
-        "": True,
-        "drop": True,
-        "block1.bn": False,
-        "block1.drop": False,
-        "block2.bn": True,
-        "block2.drop": True,
-    }
-    baked = cm.bake(copy.deepcopy(bound), training=False)
-    assert text(baked) == text(export(ConvNet().eval(), IMAGE).module())
-    assert bound.block2.training, "the original is another module"
-
-
-@pytest.mark.parametrize("build", [Regions, Attention])
-def test_bind_and_bake_are_inverse_in_regions_and_attention(build):
-    x = IMAGE if build is Regions else torch.randn(2, 5, 8)
-    gm = export(build(), x).module()
-    graphs = text(gm)
-    assert text(cm.bake(cm.bind(gm))) == graphs
-    evaluated = cm.bake(cm.bind(gm), training=False)
-    reference = build().eval()
-    reference.load_state_dict(evaluated.state_dict())
-    assert torch.equal(evaluated(x), reference(x))
-
-
 def test_keep_leaves_owners_baked():
     bound = cm.bind(export(ConvNet(), IMAGE), keep=["block1.*"]).eval()
     assert {s.owner for s in cm.sites(bound) if s.training} == {"block1.bn", "block1.drop"}
@@ -210,16 +140,7 @@ def test_keep_leaves_owners_baked():
 @STARTS
 @pytest.mark.parametrize("compiled", [False, True])
 def test_functional_batch_norm_counts_nothing(start, compiled):
-    class Functional(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.bn = nn.BatchNorm1d(4)
-
-        def forward(self, x):
-            bn = self.bn
-            return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, self.training, 0.2, 1e-3)
-
-    reference, bound = twin(Functional(), start, VECTORS)
+    reference, bound = twin(FunctionalNorm(), start, VECTORS)
     assert [site.owner for site in cm.sites(bound)] == [""]
     call = torch.compile(bound, backend="eager") if compiled else bound
     agrees(reference, bound, call, [VECTORS], flips=2, tolerance=0.0)
@@ -279,24 +200,6 @@ def test_hard_coded_flags_stay(start):
     assert [s.bound for s in cm.sites(rebound)] == [True, True, False], "and being baked"
 
 
-@STARTS
-def test_attention_dropout_follows_when_its_p_is_known(start):
-    x = torch.randn(2, 5, 8)
-    if not start:
-        with pytest.warns(cm.ModeWarning, match="its p is lost"):
-            bound = cm.bind(export(Attention().eval(), x))
-        assert [s.bound for s in cm.sites(bound)] == [False, True]
-        return
-    reference, bound = twin(Attention(), True, x)
-    agrees(reference, bound, inputs=[x], tolerance=0.0)
-
-
-def test_attention_without_dropout_warns_of_nothing_in_train():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", cm.ModeWarning)
-        cm.bind(export(Attention(p=0.0), torch.randn(2, 5, 8)))
-
-
 def test_a_cumulative_average_is_refused_aloud():
     with pytest.warns(cm.ModeWarning, match="cumulative average"):
         bound = cm.bind(export(nn.BatchNorm1d(4, momentum=None).eval(), VECTORS))
@@ -304,7 +207,7 @@ def test_a_cumulative_average_is_refused_aloud():
 
 
 @STARTS
-@pytest.mark.parametrize(("build", "x"), MODELS[:5])
+@pytest.mark.parametrize(("build", "x"), nets("conv", "activations", "norms", "recurrent", "regions"))
 def test_unflattened_modules(build, x, start):
     reference = build()
     module = torch.export.unflatten(export(copy.deepcopy(reference).train(start), x))
@@ -315,16 +218,8 @@ def test_unflattened_modules(build, x, start):
 
 
 def test_shared_modules_of_an_unflattened_module():
-    class Shared(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.bn = nn.BatchNorm1d(4, momentum=0.3)
-
-        def forward(self, x):
-            return self.bn(self.bn(x) * 2)
-
     for start in (True, False):
-        reference = Shared()
+        reference = Twice()
         module = cm.bind(torch.export.unflatten(export(copy.deepcopy(reference).train(start), VECTORS)))
         for mode in (True, False, True):
             reference.train(mode)
@@ -334,54 +229,6 @@ def test_shared_modules_of_an_unflattened_module():
         module.bn.eval()
         assert torch.equal(module(VECTORS), reference(VECTORS))
         assert module.bn.num_batches_tracked == reference.bn.num_batches_tracked == 4
-
-
-def test_compiled_modules_are_bound_through_their_wrapper():
-    gm = export(ConvNet(), IMAGE).module()
-    compiled = torch.compile(gm, backend="eager")
-    compiled(IMAGE)  # compiled before it is bound
-    assert cm.bind(compiled) is compiled
-    reference = ConvNet()
-    gm.load_state_dict(reference.state_dict())
-    agrees(reference, gm, compiled, [IMAGE], tolerance=0.0)
-    assert compiled.eval() is compiled
-    assert not gm.training
-
-
-@STARTS
-@pytest.mark.parametrize("nested", [False, True])
-def test_any_number_of_flips_compiles_each_mode_once(start, nested):
-    bound = cm.bind(export(ConvNet().train(start), IMAGE))
-    module = Parent(bound) if nested else bound
-    for flipped in (module, copy.deepcopy(module)):
-        flipped.train()
-        before = graphs_compiled()
-        compiled = torch.compile(flipped, backend="eager")
-        for _ in range(20):
-            compiled(IMAGE)
-            flipped.train(not flipped.training)
-        assert graphs_compiled() - before in (0, 2), "a copy may share what its original has compiled"
-    assert graphs_compiled() >= 2
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_bound_modules_under_any_backend(backend):
-    reference, bound = twin(ConvNet(), False, IMAGE)
-    agrees(reference, bound, torch.compile(bound, backend=backend, fullgraph=True), [IMAGE], tolerance=1e-5)
-
-
-def test_binding_reaches_a_parent_that_was_compiled_before():
-    reference = Parent(ConvNet())
-    child = export(copy.deepcopy(reference.child), IMAGE).module()
-    module = copy.deepcopy(reference)
-    module.child = child
-    compiled = torch.compile(module, backend="eager")
-    torch.manual_seed(0)
-    reference(IMAGE)
-    torch.manual_seed(0)
-    compiled(IMAGE)
-    cm.bind(child)
-    agrees(reference, module, compiled, [IMAGE], tolerance=0.0)
 
 
 def test_dynamic_batches():
@@ -436,48 +283,6 @@ v2 = aten.dropout.default(v1, 0.25, drop.training)
 return (v2)""",
         )
         agrees(reference, bound, inputs=[VECTORS], tolerance=0.0)
-
-
-class Weights(nn.Module):
-    """Attention that returns its weights, whose dropout node an eval export lacks."""
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(8, 2, dropout=p, batch_first=True)
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.attention(x, x, x)
-
-
-@pytest.mark.parametrize(
-    ("build", "owner"),
-    [(Attention, ""), (Weights, "attention"), (lambda p: nn.TransformerEncoderLayer(8, 2, 16, p), "self_attn")],
-)
-def test_attention_dropout_that_an_eval_export_has_lost_can_be_supplied(build, owner):
-    x = torch.randn(2, 5, 8)
-    reference = build(0.3)
-    program = export(copy.deepcopy(reference).eval(), x)
-    with pytest.warns(cm.ModeWarning, match=f"owner '{owner}'.*(its p is lost)"):
-        cm.bind(program)
-    bound = cm.bind(program, dropout_p={owner or "": 0.3})
-    agrees(reference, bound, inputs=[x], tolerance=0.0)
-
-
-@pytest.mark.parametrize(
-    ("dropout_p", "error", "says"),
-    [
-        ({"block": 0.1}, cm.OverrideError, "'block' matches no attention or functional dropout site"),
-        ({"": 1.5}, cm.OptionError, "1.5 is no probability"),
-        ({"": "0.1"}, cm.OptionError, "'0.1' is no probability"),
-        (0.1, cm.OptionError, "0.1 is no mapping"),
-    ],
-)
-def test_unusable_probabilities(dropout_p, error, says):
-    program = export(Attention().eval(), torch.randn(2, 5, 8))
-    with pytest.raises(error, match=says):
-        cm.bind(program, dropout_p=dropout_p)
-    with pytest.raises(cm.OptionError, match="has kept its own probability"):
-        cm.bind(export(Attention(), torch.randn(2, 5, 8)), dropout_p={"": 0.1})
 
 
 @pytest.mark.skipif(torch.__version__ < "2.14", reason="torch.export tells the result from the input there")

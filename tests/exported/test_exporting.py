@@ -8,165 +8,58 @@ from torch import nn
 
 import compile_modes as cm
 from compile_modes.graph.dual import DualModule
+from exported.python_decides import (
+    AlwaysOn,
+    GaussianNoise,
+    InvertedBeside,
+    LayerDrop,
+    OwnCounter,
+    Reuse,
+    Schedule,
+    Weights,
+)
 from graphs import graphs_compiled
 from nets import (
     IMAGE,
-    Activations,
-    Attention,
+    TOKENS,
+    VECTORS,
     Auxiliary,
     ConvNet,
     DropPath,
     EveryFlag,
     HardCoded,
     MixedMask,
-    Norms,
     Parent,
-    Recurrent,
-    Regions,
     Residual,
     Sampler,
-    UnusedNorm,
-    UserCounter,
 )  # fmt: skip
 from oracle import agrees, same_outputs, same_state, text
+from setups import nets
 
-X = torch.randn(6, 4, generator=torch.Generator().manual_seed(3))
-TOKENS = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(4))
 SINGLE = [
-    pytest.param(ConvNet, IMAGE, id="conv"),
-    pytest.param(Activations, torch.randn(3, 4, 6), id="activations"),
-    pytest.param(Norms, torch.randn(3, 4, 5), id="norms"),
-    pytest.param(Recurrent, torch.randn(3, 7, 4), id="recurrent"),
-    pytest.param(Attention, TOKENS, id="attention"),
-    pytest.param(Regions, IMAGE, id="regions"),
-    pytest.param(UnusedNorm, X, id="unused"),
-    pytest.param(UserCounter, X, id="counter"),
-    pytest.param(HardCoded, X, id="hard-coded"),
-    pytest.param(EveryFlag, X, id="every-flag"),
-    pytest.param(lambda: Reuse(), X, id="reuse"),
-    pytest.param(lambda: nn.Sequential(nn.Linear(4, 4), GaussianNoise(True)), X, id="gaussian-noise"),
-    pytest.param(lambda: nn.Sequential(OwnCounter(True), nn.Dropout(0.1)), X, id="counts-always"),
-    pytest.param(lambda: nn.Sequential(OwnCounter(False), nn.Dropout(0.1)), X, id="normalises-always"),
-    pytest.param(MixedMask, X, id="mixed-mask"),
-    pytest.param(Sampler, X, id="sampler"),
+    *nets(),
+    pytest.param(HardCoded, VECTORS, id="hard-coded"),
+    pytest.param(EveryFlag, VECTORS, id="every-flag"),
+    pytest.param(lambda: Reuse(), VECTORS, id="reuse"),
+    pytest.param(lambda: nn.Sequential(nn.Linear(4, 4), GaussianNoise(True)), VECTORS, id="gaussian-noise"),
+    pytest.param(lambda: nn.Sequential(OwnCounter(True), nn.Dropout(0.1)), VECTORS, id="counts-always"),
+    pytest.param(lambda: nn.Sequential(OwnCounter(False), nn.Dropout(0.1)), VECTORS, id="normalises-always"),
+    pytest.param(MixedMask, VECTORS, id="mixed-mask"),
+    pytest.param(Sampler, VECTORS, id="sampler"),
     pytest.param(lambda: Residual(DropPath(0.3), DropPath(0.2, "floor")), IMAGE, id="drop-path"),
     pytest.param(lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.2, batch_first=True), TOKENS, id="transformer"),
 ]
 
 
-class Weights(nn.Module):
-    """Attention that returns its weights: the dropout node is there in train only."""
-
-    def __init__(self):
-        super().__init__()
-        self.attention = nn.MultiheadAttention(8, 2, dropout=0.3, batch_first=True)
-
-    def forward(self, x):
-        out, weights = self.attention(x, x, x)
-        return out, weights
-
-
-class Reuse(nn.Module):
-    """Uses the input of a dropout after it: one value in eval, two in train."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(4, 4)
-        self.drop = nn.Dropout(0.3)
-
-    def forward(self, x):
-        y = self.fc(x)
-        return self.drop(y) * 2 + y
-
-
-class LayerDrop(nn.Module):
-    """Python decides in train how much runs; its attention dropout is known in both programs."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = Attention(0.3), Attention(0.4)
-
-    def forward(self, x):
-        x = self.first(x)
-        return x if self.training else self.second(x)
-
-
-class Schedule(nn.Module):
-    """Another probability, and another constant, in each mode."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(4, 4)
-
-    def forward(self, x):
-        return F.dropout(self.fc(x), 0.3 if self.training else 0.1) * torch.tensor(1.0 + self.training)
-
-
-class AlwaysOn(nn.Module):
-    """A dropout that eval has too, among others that only train has; two attentions of one owner."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(8, 8)
-
-    def forward(self, x):
-        x = F.dropout(self.fc(x), 0.2)
-        q = x[None]
-        a, b = (F.scaled_dot_product_attention(q, q, q, dropout_p=p if self.training else 0.0)[0] for p in (0.1, 0.4))
-        return F.dropout(a + b, 0.3).relu() if self.training else a + b + 1
-
-
-class GaussianNoise(nn.Module):
-    def __init__(self, mode):
-        super().__init__()
-        self.mode = mode
-
-    def forward(self, x):
-        return x + 0.1 * torch.randn_like(x) if self.training is self.mode else x
-
-
-class OwnCounter(nn.BatchNorm1d):
-    """Counts in both modes, or normalises with batch statistics in both."""
-
-    def __init__(self, always_counts):
-        super().__init__(4)
-        self.always_counts = always_counts
-
-    def forward(self, x):
-        if self.training or self.always_counts:
-            self.num_batches_tracked.add_(1)
-        training = self.training or not self.always_counts
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training, 0.2, self.eps)
-
-
-class InvertedBeside(nn.Module):
-    """An inverted dropout and one that is always on in a submodule, constants of both modes, and other outputs."""
-
-    class Inner(nn.Module):
-        def forward(self, x):
-            x = F.dropout(x, 0.4, not self.training)
-            if self.training:
-                x = F.dropout(x * torch.tensor([2.0, 3, 4, 5]), 0.2)
-            return F.dropout(x + torch.tensor([1.0, 1, 2, 2]), 0.25)
-
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(4, 4)
-        self.inner = InvertedBeside.Inner()
-        self.drop = nn.Dropout(0.3)
-
-    def forward(self, x):
-        y = self.drop(self.inner(self.fc(x)))
-        return (y, x.sum()) if self.training else y
-
-
 DUAL = [
-    pytest.param(InvertedBeside, X, "the structure of the outputs", id="inverted"),
-    pytest.param(lambda: nn.Sequential(nn.Linear(4, 4), GaussianNoise(False)), X, "nothing more", id="eval-noise"),
+    pytest.param(InvertedBeside, VECTORS, "the structure of the outputs", id="inverted"),
+    pytest.param(
+        lambda: nn.Sequential(nn.Linear(4, 4), GaussianNoise(False)), VECTORS, "nothing more", id="eval-noise"
+    ),
     pytest.param(AlwaysOn, TOKENS, "aten.", id="always-on"),
     pytest.param(Auxiliary, IMAGE, "the structure of the outputs", id="auxiliary"),
     pytest.param(LayerDrop, TOKENS, "nothing more in train, aten.linear.default", id="layer-drop"),
-    pytest.param(Schedule, X, "aten.lift_fresh_copy.default", id="schedule"),
+    pytest.param(Schedule, VECTORS, "aten.lift_fresh_copy.default", id="schedule"),
 ]
 
 
@@ -304,12 +197,9 @@ def test_keyword_arguments():
         def forward(self, x, *, scale):
             return self.drop(x * scale)
 
-    module = cm.export(Net(), (X,), {"scale": torch.tensor(2.0)})
+    module = cm.export(Net(), (VECTORS,), {"scale": torch.tensor(2.0)})
     for mode in (True, False):
-        torch.manual_seed(0)
-        expected = Net().train(mode)(X, scale=torch.tensor(3.0))
-        torch.manual_seed(0)
-        assert torch.equal(module.train(mode)(X, scale=torch.tensor(3.0)), expected)
+        same_outputs(Net().train(mode), module.train(mode), VECTORS, scale=torch.tensor(3.0))
 
 
 def test_a_model_whose_train_changes_its_weights_is_refused():
@@ -329,7 +219,7 @@ def test_a_model_whose_train_changes_its_weights_is_refused():
     model = Merging().eval()
     weights = model.w.clone()
     with pytest.raises(cm.ExportError, match="the state of the model changes with its mode"):
-        cm.export(model, (X,))
+        cm.export(model, (VECTORS,))
     assert not model.training
     assert torch.equal(model.w, weights)
 
@@ -339,16 +229,16 @@ def test_inverted_flags_survive_bake():
         def forward(self, x):
             return F.dropout(F.dropout(x, 0.3, not self.training), 0.2)
 
-    module = cm.export(nn.Sequential(nn.Linear(4, 4), Inverted(), nn.Dropout(0.1)), (X,))
+    module = cm.export(nn.Sequential(nn.Linear(4, 4), Inverted(), nn.Dropout(0.1)), (VECTORS,))
     expected = copy.deepcopy(module)
     assert "flag, inverted" in cm.explain(module)
     for mode in (True, False):
-        same_outputs(expected.train(mode), cm.bake(copy.deepcopy(module), mode), X)
+        same_outputs(expected.train(mode), cm.bake(copy.deepcopy(module), mode), VECTORS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", cm.ModeWarning)
         again = cm.bind(cm.bake(copy.deepcopy(module.train()), True))
     for mode in (True, False):
-        same_outputs(expected.train(mode), again.train(mode), X)
+        same_outputs(expected.train(mode), again.train(mode), VECTORS)
 
 
 def test_a_failing_train_export_is_reported_with_its_cause():
@@ -358,19 +248,20 @@ def test_a_failing_train_export_is_reported_with_its_cause():
 
     model = Failing().eval()
     with pytest.raises(cm.ExportError, match=r"the train export failed: .*\n.*Failing\n.*model.train\(\)") as caught:
-        cm.export(model, (X,))
+        cm.export(model, (VECTORS,))
     assert caught.value.__cause__ is not None
     assert not model.training
 
 
-@pytest.mark.parametrize("thing", [torch.export.export(ConvNet(), (IMAGE,)).module(), "model", None])
+@pytest.mark.parametrize("thing", ["exported", "model", None])
 def test_what_is_no_eager_module_is_refused(thing):
+    thing = torch.export.export(ConvNet(), (IMAGE,)).module() if thing == "exported" else thing
     with pytest.raises(cm.ExportError, match="is not an eager module"):
         cm.export(thing, (IMAGE,))
 
 
 def test_hard_coded_and_inverted_flags_are_told_apart():
-    _, module = both(EveryFlag, X)
+    _, module = both(EveryFlag, VECTORS)
     shown = [(site.op.family, site.bound, site.hard_coded, site.inverted, site.p) for site in cm.sites(module)]
     assert shown == [
         ("dropout", True, False, False, 0.1),

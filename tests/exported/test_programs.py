@@ -1,43 +1,31 @@
 """Baked programs: standard programs of torch.export that do, in one mode, what eager PyTorch does."""
 
 import copy
-import io
-import re
 import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from expecttest import assert_expected_inline
 from torch import nn
-from torch._ops import HigherOrderOperator, OpOverload
 
 import compile_modes as cm
 from compile_modes.exported.programs import baked
-from graphs import bodies
+from exported.standard import does_as_eager, exported, is_standard, reloaded
 from nets import (
     IMAGE,
-    Activations,
+    TOKENS,
+    VECTORS,
     Attention,
-    Auxiliary,
     ConvNet,
     DropBlock,
     DropPath,
-    EveryFlag,
-    MixedMask,
-    Norms,
-    Recurrent,
     Regions,
     Residual,
     Small,
-    UnusedNorm,
-    UserCounter,
 )  # fmt: skip
-from oracle import same_state, text
-
-VECTORS = torch.randn(6, 4, generator=torch.Generator().manual_seed(3))
-TOKENS = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(4))
+from oracle import same, same_state, seeded, text
+from setups import NETS
 
 
 class State(nn.Module):
@@ -70,69 +58,12 @@ def cumulative() -> nn.Module:
     return nn.Sequential(norm, nn.Dropout(0.1), nn.BatchNorm2d(3, momentum=0.2))
 
 
-def exported(model, x, start, **options):
-    with cm.exportable(model):
-        return torch.export.export(model.train(start), (x,), **options)
-
-
-def reloaded(program):
-    stream = io.BytesIO()
-    torch.export.save(program, stream)
-    stream.seek(0)
-    return torch.export.load(stream)
-
-
-def is_standard(program):
-    """Whether there is nothing in a program that others don't know, and it passes torch's checks."""
-    for body in bodies(program.graph_module):
-        for node in body.graph.nodes:
-            assert node.op in ("placeholder", "get_attr", "call_function", "output")
-            if node.op == "call_function":
-                assert (
-                    isinstance(node.target, OpOverload | HigherOrderOperator) or node.target.__module__ == "_operator"
-                )
-                assert "compile_modes" not in str(node.target)
-            if node.op in ("placeholder", "call_function"):
-                assert "val" in node.meta, node
-    program.validate()
-    return True
-
-
-def same(a, b, tolerance=0.0):
-    leaves, structure = torch.utils._pytree.tree_flatten(a)
-    others, other_structure = torch.utils._pytree.tree_flatten(b)
-    assert structure == other_structure
-    for one, other in zip(leaves, others, strict=True):
-        torch.testing.assert_close(other, one, rtol=tolerance, atol=tolerance)
-
-
-def does_as_eager(program, model, mode, *inputs, steps=3, tolerance=0.0, **kwargs):
-    """Trains, or evaluates, a loaded program beside its model; both are left changed."""
-    module = reloaded(program).module()
-    model.train(mode)
-    pairs = [[m, torch.optim.SGD([p for p in m.parameters() if p.requires_grad], 0.05)] for m in (model, module)]
-    for step in range(steps):
-        outputs = []
-        for m, optimizer in pairs:
-            torch.manual_seed(step)
-            outputs.append(m(*inputs, **kwargs))
-            if mode:
-                leaves = [t for t in torch.utils._pytree.tree_leaves(outputs[-1]) if isinstance(t, torch.Tensor)]
-                optimizer.zero_grad()
-                sum(t.square().mean() for t in leaves).backward()
-                optimizer.step()
-        same(*outputs, tolerance)
-        same_state(model, module, tolerance)
-
-
 # fmt: off
 CASES = {
-    "conv": (ConvNet, IMAGE), "activations": (Activations, torch.randn(3, 4, 6)), "regions": (Regions, IMAGE),
-    "norms": (Norms, torch.randn(3, 4, 5)), "recurrent": (Recurrent, torch.randn(2, 3, 4)),
-    "unused-norm": (UnusedNorm, VECTORS), "user-counter": (UserCounter, VECTORS), "cumulative": (cumulative, IMAGE),
+    **{name: net for name, net in NETS.items() if name != "attention"}, "cumulative": (cumulative, IMAGE),
 }
 FROM_TRAIN = {
-    "attention": (Attention, TOKENS), "drop-path": (lambda: Residual(DropPath(0.3), nn.Dropout(0.2)), IMAGE),
+    "attention": NETS["attention"], "drop-path": (lambda: Residual(DropPath(0.3), nn.Dropout(0.2)), IMAGE),
     "floor": (lambda: Residual(DropPath(0.4, "floor")), IMAGE), "drop-block": (lambda: Residual(DropBlock()), IMAGE),
     "spectral-norm": (spectral, VECTORS),
 }
@@ -179,7 +110,7 @@ def test_everything_that_a_signature_holds_is_kept(start, mode):
     assert kinds == [(spec.kind, type(spec.arg), spec.target) for spec in program.graph_signature.output_specs]
     assert result.constants.keys() == program.constants.keys()
     assert str(result.range_constraints) == str(program.range_constraints)
-    same(program.example_inputs, result.example_inputs)
+    same("example inputs", program.example_inputs, result.example_inputs, 0.0)
     loaded = reloaded(result)
     assert loaded.state_dict["fc.weight"].data_ptr() == loaded.state_dict["tied.weight"].data_ptr()
     assert not loaded.state_dict["frozen"].requires_grad
@@ -236,13 +167,12 @@ def test_branches_and_inputs_that_are_written_to(mode):
     result = baked(exported(model, VECTORS.clone(), True), mode)
     assert is_standard(result)
     assert is_standard(result.run_decompositions())
-    pairs = [(m, VECTORS.abs()) for m in (model.train(mode), reloaded(result).module())]
-    outputs = []
-    for m, x in pairs:
-        torch.manual_seed(0)
-        outputs.append((m(x), x))
-    same(*outputs)
-    same_state(model, pairs[1][0], 0.0)
+    loaded = reloaded(result).module()
+    given = [VECTORS.abs(), VECTORS.abs()]
+    outputs = [seeded(m, x) for m, x in zip((model.train(mode), loaded), given, strict=True)]
+    same("output", *outputs, 0.0)
+    same("input", *given, 0.0)
+    same_state(model, loaded, 0.0)
 
 
 def test_what_torch_adds_to_a_program_is_kept():
@@ -255,87 +185,6 @@ def test_what_torch_adds_to_a_program_is_kept():
     unflattened = torch.export.unflatten(result)
     assert torch.equal(unflattened(IMAGE), model.eval()(IMAGE))
     assert isinstance(unflattened.get_submodule("0"), nn.Module)
-
-
-def fixed(model, mode, **modes):
-    """A model whose modes stay as they are set here."""
-    model = copy.deepcopy(model).train(mode)
-    for name, module in model.named_modules():
-        module.training = modes.get(name.rpartition(".")[2], module.training)
-    model.train = lambda mode: model
-    return model
-
-
-def test_an_override_decides_over_the_mode_and_over_what_is_hard_coded():
-    model = ConvNet()
-    overrides = {"*.bn": "eval", "drop": "eval", "*drop": "train"}
-    result = baked(exported(model, IMAGE, True), True, overrides)
-    frozen = fixed(model, True, bn=False)
-    frozen.drop.training = False
-    does_as_eager(result, frozen, True, IMAGE)
-
-    module = cm.export(EveryFlag(), (VECTORS,))
-    assert [site.training for site in cm.sites(baked(module, False))] == [False, True, False, True, True]
-    assert [site.training for site in cm.sites(baked(module, False, {"": "eval"}))] == [False] * 6
-    assert [site.training for site in cm.sites(baked(module, True, {"": "train"}))] == [
-        True
-    ] * 6  # the mask is no call any more
-
-
-def test_present_modes_and_weights_of_a_module_are_written():
-    model = ConvNet()
-    module = cm.export(model, (IMAGE,))
-    reference = copy.deepcopy(model)
-    for m in (module, reference):
-        m.train()
-        m.block1.eval()
-        for parameter in m.parameters():
-            parameter.data.add_(0.01)
-    code = module.code
-    does_now = baked(torch.compile(module))
-    assert module.code == code
-    frozen = copy.deepcopy(reference)
-    frozen.train = lambda mode: frozen
-    does_as_eager(does_now, frozen, True, IMAGE)
-    same_state(reference, module, 0.0)
-    module.half()
-    with pytest.raises(cm.BindError) as error:
-        baked(module)
-    assert_expected_inline(
-        str(error.value),
-        """\
-the program was exported with a torch.float32 of shape (4,) on cpu, the module has a torch.float16 of shape (4,) on cpu
-  where: block1.bn.running_mean
-  what to do: export again after changing dtypes, shapes or devices""",
-    )
-
-
-@pytest.mark.parametrize("mode", [True, False])
-def test_of_two_programs_the_one_of_the_mode_is_written(mode):
-    model = Auxiliary()
-    module = cm.export(model, (IMAGE,))
-    does_as_eager(baked(module, mode), copy.deepcopy(model), mode, IMAGE)
-    result = baked(module, mode, {"*.bn": "eval" if mode else "train"})
-    assert is_standard(result)
-    does_as_eager(result, fixed(model, mode, bn=not mode), mode, IMAGE)
-    for present in (True, False):
-        assert text(baked(module.train(present)).module()) == text(baked(module, present).module())
-
-
-@pytest.mark.parametrize("mode", [True, False])
-def test_constants_of_two_programs_that_share_a_name(mode):
-    class Constant(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.bn = nn.BatchNorm1d(4)
-            self.drop = nn.Dropout(0.2)
-
-        def forward(self, x):
-            return self.drop(self.bn(x)) + torch.tensor([1.0 + self.training])
-
-    model = nn.Sequential(Constant())
-    result = baked(cm.export(model, (VECTORS,)), mode, {"0.bn": "eval" if mode else "train"})
-    does_as_eager(result, fixed(model, mode, bn=not mode), mode, VECTORS)
 
 
 def test_a_decomposed_program_stays_one():
@@ -405,21 +254,23 @@ def test_the_result_can_be_bound_again():
 
 SCRIPT = """
 import sys, torch
-program, expected = torch.export.load(sys.argv[1]), torch.load(sys.argv[2])
-torch.manual_seed(0)
-assert torch.equal(program.module()(expected["x"]), expected["y"])
-program.run_decompositions()
+for program, expected in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+    program, expected = torch.export.load(program), torch.load(expected)
+    torch.manual_seed(0)
+    assert torch.equal(program.module()(expected["x"]), expected["y"])
+    program.run_decompositions()
 assert "compile_modes" not in sys.modules
 """
 
 
-@pytest.mark.parametrize("mode", [True, False])
-def test_loads_in_a_process_that_does_not_know_this_package(mode, tmp_path):
+def test_loads_in_a_process_that_does_not_know_this_package(tmp_path):
     model = nn.Sequential(cumulative(), Residual(DropPath(0.2)))
-    torch.export.save(baked(exported(model, IMAGE, True), mode), tmp_path / "model.pt2")
-    torch.manual_seed(0)
-    torch.save({"x": IMAGE, "y": model.train(mode)(IMAGE)}, tmp_path / "expected.pt")
-    files = [str(tmp_path / "model.pt2"), str(tmp_path / "expected.pt")]
+    files = []
+    for mode in (True, False):
+        torch.export.save(baked(exported(model, IMAGE, True), mode), tmp_path / f"{mode}.pt2")
+        expected = seeded(model.train(mode), IMAGE)
+        torch.save({"x": IMAGE, "y": expected}, tmp_path / f"{mode}.pt")
+        files += [str(tmp_path / f"{mode}.pt2"), str(tmp_path / f"{mode}.pt")]
     subprocess.run([sys.executable, "-c", SCRIPT, *files], check=True, timeout=300, cwd=tmp_path)
 
 
@@ -431,48 +282,3 @@ def test_aotinductor_compiles_it(tmp_path):
     path = torch._inductor.aoti_compile_and_package(reloaded(program), package_path=str(tmp_path / "model.pt2"))
     x = torch.randn(11, 3, 8, 8)
     torch.testing.assert_close(torch._inductor.aoti_load_package(path)(x), model.eval()(x))
-
-
-REFUSALS = {
-    "stuck": (lambda: exported(Attention(), TOKENS, False), True, None),
-    "override": (lambda: exported(Attention(), TOKENS, False), None, {"": "train"}),
-    "unclear": (lambda: exported(MixedMask(), VECTORS, True), False, None),
-    "no-match": (lambda: exported(ConvNet(), IMAGE, True), None, {"block1.bm": "eval"}),
-    "no-program": (lambda: cm.bind(exported(ConvNet(), IMAGE, True).module()), True, None),
-    "edited": (lambda: cm.bake(cm.bind(exported(ConvNet(), IMAGE, True))), True, None),
-}
-
-
-def test_error_texts():
-    said = []
-    for name, (build, mode, overrides) in REFUSALS.items():
-        with pytest.raises(cm.CompileModesError) as error:
-            baked(build(), mode, overrides)
-        short = re.sub("dropout_p is 0.*", "dropout_p is 0 ...", str(error.value))
-        said.append(f"{name}: {type(error.value).__name__}: {short}")
-    assert_expected_inline(
-        "\n".join(said),
-        """\
-stuck: BindError: 1 sites keep their exported mode and will not follow train() and eval():
-  scaled_dot_product_attention (owner ''): dropout_p is 0 ...
-  what to do: export in train mode, which keeps what they need
-override: OverrideError: overrides name sites that can't be put into that mode:
-  scaled_dot_product_attention (aten.scaled_dot_product_attention.default, owner '', eval): dropout_p is 0 ...
-unclear: BindError: random numbers of '' are drawn in both modes: one export can't tell whether they depend on mode.
-  what to do: compile_modes.export(model, args), which can; or keep=[owner] if they don't
-no-match: OverrideError: the pattern 'block1.bm' matches no mode-dependent site
-  where: overrides['block1.bm']
-  what to do: owners here: 'block1.bn', 'block2.bn', 'block1.drop'
-no-program: BindError: GraphModule was not made from an ExportedProgram by bind(), nor by export()
-  what to do: pass the ExportedProgram itself, or bind() it and pass the result
-edited: BindError: the module's graph was edited after it was bound
-  what to do: pass a module that bind() returned""",
-    )
-
-
-def test_what_is_stuck_is_written_on_request():
-    program = exported(Attention(), TOKENS, False)
-    with pytest.warns(cm.ModeWarning, match="its p is lost"):
-        result = baked(program, True, allow_stuck=True)
-    assert [site.training for site in cm.sites(result)] == [False, True]
-    assert baked(program, False) is program  # in that mode already, and that it can't leave it is no matter

@@ -7,15 +7,12 @@ import torch
 from torch import nn
 
 import compile_modes as cm
-from nets import IMAGE, Activations, Attention, Auxiliary, ConvNet, DropPath, Regions, Residual
+from nets import IMAGE, TOKENS, Attention, Auxiliary, ConvNet, DropPath, Residual
 from oracle import agrees, same_state, text
+from setups import nets
 
-TOKENS = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(4))
 MODELS = [
-    pytest.param(ConvNet, IMAGE, id="conv"),
-    pytest.param(Activations, torch.randn(3, 4, 6), id="activations"),
-    pytest.param(Regions, IMAGE, id="regions"),
-    pytest.param(Attention, TOKENS, id="attention"),
+    *nets("conv", "activations", "regions", "attention"),
     pytest.param(Auxiliary, IMAGE, id="two-programs"),
     pytest.param(lambda: Residual(DropPath(0.3), nn.Dropout(0.2)), IMAGE, id="drop-path"),
     pytest.param(lambda: nn.Sequential(nn.BatchNorm2d(3, momentum=None), nn.Dropout(0.1)), IMAGE, id="cumulative"),

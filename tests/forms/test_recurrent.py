@@ -12,7 +12,8 @@ from compile_modes.forms.lower import lower
 from compile_modes.forms.recurrent import split_layers
 from graphs import add_note, graphs_compiled, module_path, note, sites
 from nets import Checkpointed, RecurrentStack
-from oracle import agrees, text
+from oracle import agrees, seeded, text
+from setups import bound, compile_
 
 aten = torch.ops.aten
 SEQUENCE = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(2))
@@ -36,21 +37,8 @@ CASES = [
 ]
 
 
-def bound(model, *args, start=True, **kwargs):
-    return cm.bind(torch.export.export(copy.deepcopy(model).train(start), args, **kwargs))
-
-
-def compile_(module, **options):
-    return torch.compile(module, backend="pt2e_modes", options=options or None)
-
-
 def exported(model, *args):
     return torch.export.export(model, args).module()
-
-
-def run(call, *args):
-    torch.manual_seed(7)
-    return call(*args)
 
 
 def calls(gm):
@@ -95,7 +83,7 @@ class TestWithoutInductor:
         results = []
         for call in (reference, compile_(module)):
             x = SEQUENCE.clone().requires_grad_()
-            output = run(call, x)[0]
+            output = seeded(call, x)[0]
             (gradient,) = torch.autograd.grad(output.square().sum(), x)
             results.append((output, gradient))
         torch.testing.assert_close(results[1], results[0])
@@ -112,7 +100,7 @@ class TestWithoutInductor:
         for mode in (True, False):
             reference.train(mode), module.train(mode)
             with torch.no_grad():
-                torch.testing.assert_close(run(compiled, SEQUENCE), run(reference, SEQUENCE))
+                torch.testing.assert_close(seeded(compiled, SEQUENCE), seeded(reference, SEQUENCE))
 
     @pytest.mark.parametrize("frozen", ["weights", "all but the state"])
     def test_frozen_weights(self, frozen):
@@ -123,7 +111,7 @@ class TestWithoutInductor:
         module = bound(reference, SEQUENCE, (hx, hx))
         gradients = []
         for call in (reference, compile_(module)):
-            loss = run(call, SEQUENCE, (hx, hx))[0].square().sum()
+            loss = seeded(call, SEQUENCE, (hx, hx))[0].square().sum()
             leaf = hx if hx.requires_grad else (reference if call is reference else module).bias_hh_l0
             gradients.append(torch.autograd.grad(loss, leaf))
         torch.testing.assert_close(gradients[1], gradients[0])
@@ -200,7 +188,7 @@ class TestSplitLayers:
         gm = exported(model, SEQUENCE)
         assert split_layers(gm, sites(gm))[1] == []
         gm.graph.lint()
-        torch.testing.assert_close(run(gm, SEQUENCE), run(model, SEQUENCE))
+        torch.testing.assert_close(seeded(gm, SEQUENCE), seeded(model, SEQUENCE))
 
     def test_one_call_per_layer(self):
         gm = exported(GRU(4, 5, num_layers=3, dropout=0.3), SEQUENCE)
@@ -242,7 +230,7 @@ class TestSplitLayers:
         split_layers(gm, sites(gm))
         owners = [(site.owner, site.p, site.body.parent is None) for site in sites(gm) if site.op.family == "dropout"]
         assert owners == [("lstm", 0.4, True), ("gru", 0.3, False)]
-        torch.testing.assert_close(run(gm, SEQUENCE), run(model, SEQUENCE))
+        torch.testing.assert_close(seeded(gm, SEQUENCE), seeded(model, SEQUENCE))
 
     def test_an_lstm_in_a_region_without_grad_stays_whole(self):
         model = RecurrentStack(GRU(4, 5), LSTM(4, 5, num_layers=2, dropout=0.3))

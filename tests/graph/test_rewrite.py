@@ -6,20 +6,15 @@ from expecttest import assert_expected_inline
 from torch import fx
 
 import compile_modes as cm
-from nets import IMAGE, Activations, Attention, ConvNet, Norms, Parent, Recurrent, Regions, UnusedNorm, UserCounter
-from oracle import agrees, literals, same_outputs, same_state, text
-
-SEQUENCE = torch.randn(3, 7, 4, generator=torch.Generator().manual_seed(2))
-TOKENS = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(3))
-MODELS = [
-    pytest.param(ConvNet, IMAGE, id="conv"),
-    pytest.param(Activations, torch.randn(3, 4, 6), id="activations"),
-    pytest.param(Norms, torch.randn(3, 4, 5), id="norms"),
-    pytest.param(Recurrent, SEQUENCE, id="recurrent"),
-    pytest.param(Regions, IMAGE, id="regions"),
-    pytest.param(UnusedNorm, torch.randn(3, 4), id="unused"),
-    pytest.param(UserCounter, torch.randn(3, 4), id="counter"),
-]
+from nets import (
+    IMAGE,
+    TOKENS,
+    Attention,
+    ConvNet,
+    Parent,
+)
+from oracle import agrees, literals, same_outputs, same_step, same_steps, text
+from setups import nets
 
 
 def export(model, *args):
@@ -27,7 +22,9 @@ def export(model, *args):
 
 
 @pytest.mark.parametrize("start", [True, False], ids=["train-export", "eval-export"])
-@pytest.mark.parametrize(("build", "x"), MODELS)
+@pytest.mark.parametrize(
+    ("build", "x"), nets("conv", "activations", "norms", "recurrent", "regions", "unused", "counter")
+)
 def test_rewritten_graphs_equal_eager_in_both_modes(build, x, start):
     reference = build()
     gm = export(build().train(start), x)
@@ -37,11 +34,12 @@ def test_rewritten_graphs_equal_eager_in_both_modes(build, x, start):
         assert report.changed
         assert not report.refused
         reference.train(mode)
-        same_outputs(reference, gm, x)
-        same_state(reference, gm, 0.0)
+        same_steps(reference, gm, inputs=[x], train=False, tolerance=0.0)
 
 
-@pytest.mark.parametrize(("build", "x"), MODELS)
+@pytest.mark.parametrize(
+    ("build", "x"), nets("conv", "activations", "norms", "recurrent", "regions", "unused", "counter")
+)
 def test_ten_round_trips_change_no_literal_but_the_mode(build, x):
     model = build()
     for module in model.modules():  # literals that no default could stand in for
@@ -108,11 +106,7 @@ return (v3)""",
     reference = Small()
     gm.load_state_dict(reference.state_dict())
     x = torch.randn(3, 2)
-    torch.manual_seed(0)
-    expected = reference(x)
-    torch.manual_seed(0)
-    assert torch.equal(gm(x), expected)
-    same_state(reference, gm, 0.0)
+    same_step(reference, gm, inputs=[x], tolerance=0.0)
 
 
 def test_attention_dropout_goes_and_comes_back():
@@ -122,10 +116,7 @@ def test_attention_dropout_goes_and_comes_back():
     for mode in (False, True, False, True):
         assert not cm.set_mode(gm, mode).refused
         reference.train(mode)
-        torch.manual_seed(0)
-        expected = reference(TOKENS)
-        torch.manual_seed(0)
-        assert torch.equal(gm(TOKENS), expected)
+        same_outputs(reference, gm, TOKENS, seeds=1)
 
 
 def test_attention_exported_in_eval_is_refused_with_the_reason():
@@ -149,11 +140,7 @@ def test_overrides_equal_eager_submodule_modes():
     cm.set_mode(gm, False, overrides={"block1.*": "train"})
     reference.eval()
     reference.block1.train()
-    torch.manual_seed(0)
-    expected = reference(IMAGE)
-    torch.manual_seed(0)
-    assert torch.equal(gm(IMAGE), expected)
-    same_state(reference, gm, 0.0)
+    same_step(reference, gm, inputs=[IMAGE], tolerance=0.0)
 
 
 @pytest.mark.parametrize(
