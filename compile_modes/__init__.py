@@ -29,6 +29,8 @@ from compile_modes.graph.explain import explain
 from compile_modes.graph.rewrite import Report, set_mode
 from compile_modes.graph.sites import Site, sites
 
+__version__ = "0.1.0"  # the only place; packaging reads it from here
+
 __all__ = [
     "ArchiveError",
     "BindError",
