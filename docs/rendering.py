@@ -16,7 +16,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 class Roles(griffe.Extension):
-    """Turns the roles of docstrings (``:func:`name```) into links of mkdocstrings, or into code where there is no page."""
+    """Turns roles in docstrings (``:func:`name```) into links of mkdocstrings, or into code where there is no page."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is not None:
