@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from compile_modes.errors import CompileModesError
+from compile_modes import messages
 
 _UNBOUNDED = 1 << 20  # columns of the console that tables are drawn on
 
@@ -23,7 +23,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """
     rich = _rich("table", "console", "text")
     if rich is None:
-        raise CompileModesError("tables need rich, which is not installed", remedy="pip install rich")
+        raise messages.NO_RICH.error()
     drawn = rich["table"].Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for title in head:
         drawn.add_column(rich["text"].Text(title), no_wrap=True)

@@ -136,7 +136,7 @@ def test_what_it_says_of_a_pattern_that_matches_nothing():
     assert_expected_inline(
         says(cm.OverrideError, cm.ModePass(overrides={"block1.bm": "eval"}), ConvNet()),
         """\
-the pattern 'block1.bm' matches no mode-dependent site
+CM109: the pattern 'block1.bm' matches no mode-dependent site
   where: overrides['block1.bm']
   what to do: owners here: 'block1.bn', 'block2.bn', 'block1.drop'""",
     )
@@ -154,8 +154,8 @@ def test_what_it_says_of_a_counter_out_of_reach():
     assert_expected_inline(
         says(cm.OverrideError, cm.ModePass(training=True), Model().eval()),
         """\
-1 sites can't be put into the mode that was asked for:
-  batch_norm (aten.batch_norm.default, owner 'bn', eval): bn.num_batches_tracked is out of the graph's reach, so train could not advance it;
+CM134: 1 sites can't be put into the mode that was asked for:
+  batch_norm (aten.batch_norm.default, owner 'bn', eval): CM717: bn.num_batches_tracked is out of the graph's reach, so train could not advance it;
     switch the module to train, or use the backend "pt2e_modes"
   what to do: leave them out by a pattern of their own that comes first, such as {'bn': 'eval'}""",  # noqa: E501
     )

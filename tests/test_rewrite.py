@@ -132,7 +132,7 @@ def test_attention_dropout_goes_and_comes_back():
 def test_attention_exported_in_eval_is_refused_with_the_reason():
     gm = export(Attention().eval(), TOKENS)
     report = cm.set_mode(gm, True)
-    assert [(s.op.family, why[:14]) for s, why in report.refused] == [("attention", "dropout_p is 0")]
+    assert [(s.op.family, why[:21]) for s, why in report.refused] == [("attention", "CM713: dropout_p is 0")]
     assert "1 changed, 0 already right, 1 refused" in str(report)
     assert literals(gm)[0]["dropout_p"] in (None, 0.0)
 

@@ -1,6 +1,5 @@
 """The backend ``pt2e_modes``: capture before autograd, put every site into its mode, hand over to Inductor."""
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from torch import fx, nn
 from torch.export.unflatten import UnflattenedModule
 
-from compile_modes import _compat, logs
+from compile_modes import _compat, logs, messages
 from compile_modes._compat import frames
 from compile_modes.backend.capture import capture
 from compile_modes.backend.mode_vectors import make_room
@@ -18,13 +17,12 @@ from compile_modes.backend.options import Options
 from compile_modes.backend.overrides import put_into_modes
 from compile_modes.backend.owners import Names, name_owners
 from compile_modes.backend.unreached import watch, watch_for
-from compile_modes.errors import CaptureError, ModeWarning
+from compile_modes.errors import CaptureError
 from compile_modes.forms.lower import lower
 from compile_modes.forms.saved_reads import keyed
 from compile_modes.graph.bodies import origin
 from compile_modes.graph.functional import is_kept
 from compile_modes.graph.sites import BOUND, Site, sites
-from compile_modes.messages import warn_once
 
 _warned_modules: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
@@ -71,14 +69,14 @@ def pt2e_modes(
     frames.name_graph_module()
     _warn_unbound(frames.frame_modules())
     if full := make_room((mode, repr(parsed)), parsed.mode_vectors):
-        warn_once(full)
+        messages.warn_once(full)
     try:
         captured = capture(gm, example_inputs)
     except CaptureError as error:
         if parsed.explicit:
             raise
         logs.left_to_stock(str(error))
-        warn_once(f"pt2e_modes hands a graph to Inductor as it came.\n{error}")
+        messages.AS_IT_CAME.warn_once(error=error)
         return compile_fx(lower(gm, sites(gm)), example_inputs)
     if parsed.explicit:
         separate(captured)
@@ -133,7 +131,7 @@ def _compile_either(
         compiled = compile_fx(lower(gm, sites(gm)), example_inputs)
         first_line = (str(error).splitlines() or [""])[0]
         logs.left_to_stock(f"{type(error).__name__}: {error}")
-        warn_once(f"pt2e_modes hands a graph to Inductor as it came: {type(error).__name__}: {first_line}")
+        messages.INDUCTOR_FAILED.warn_once(error=f"{type(error).__name__}: {first_line}")
         return compiled
 
 
@@ -166,10 +164,7 @@ def _advancing(compiled: Callable[..., Any], owners: list["weakref.ref[nn.Module
 def _warn_kept(found: Sequence[Site]) -> None:
     left = sorted({f"{site.op} (owner {site.owner!r})" for site in found if is_kept(site.op)})
     if left:
-        warn_once(
-            "pt2e_modes hands a part of a graph to Inductor as it came, in the modes that its modules are in. "
-            f"Overrides would not reach {', '.join(left[:3])}{', ...' if left[3:] else ''}"
-        )
+        messages.PART_AS_IT_CAME.warn_once(sites=", ".join(left[:3]) + (", ..." if left[3:] else ""))
 
 
 def _exported(module: nn.Module) -> Iterator[nn.Module]:
@@ -193,9 +188,4 @@ def _warn_unbound(roots: Sequence[nn.Module]) -> None:
             bound = getattr(module, "meta", {}).get(BOUND) or any(site.bound for site in found)
             if found and not bound:
                 _warned_modules.add(module)
-                warnings.warn(
-                    f"an exported module with {len(found)} mode-dependent sites is compiled as it was exported: "
-                    "train() and eval() do not reach them. Call compile_modes.bind(module) before torch.compile.",
-                    ModeWarning,
-                    stacklevel=2,
-                )
+                messages.UNBOUND.warn(count=len(found))

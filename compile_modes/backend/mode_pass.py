@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from compile_modes import _compat
+from compile_modes import _compat, messages
 from compile_modes._compat import frames
 from compile_modes._compat.passes import CustomGraphPass, as_in_backends, is_body, provenance
 from compile_modes.backend.capture import capture
@@ -19,7 +19,6 @@ from compile_modes.errors import CaptureError
 from compile_modes.forms.lower import lower
 from compile_modes.graph.requests import check_overrides
 from compile_modes.graph.sites import Site, sites
-from compile_modes.messages import warn_once
 
 
 class ModePass(CustomGraphPass):
@@ -60,7 +59,7 @@ class ModePass(CustomGraphPass):
         except CaptureError as error:
             if explicit:
                 raise
-            warn_once(f"ModePass leaves a graph as it came.\n{error}")
+            messages.PASS_LEAVES_GRAPH.warn_once(error=error)
             return
         if explicit:
             separate(captured)
@@ -95,14 +94,14 @@ class ModePass(CustomGraphPass):
 def _retraced(gm: fx.GraphModule) -> fx.GraphModule:
     inputs = [_compat.value(placeholder) for placeholder in gm.graph.find_nodes(op="placeholder")]
     if any(value is None for value in inputs):
-        raise CaptureError("nothing is known of the inputs of the graph", remedy="compile it with torch.compile")
+        raise messages.UNKNOWN_INPUTS.error()
     return capture(gm, inputs)
 
 
 def _refusal(site: Site, training: bool) -> str:
     why = site.refusal(training)
     if why and training and site.counter is not None and site.step is None and site.counter_at is None:
-        return f'{why};\n    switch the module to train, or use the backend "pt2e_modes"'
+        return messages.OUT_OF_PASS.reason(why=messages.parted(why)[1])
     return why
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from torch import fx, nn
 
-from compile_modes import logs
+from compile_modes import logs, messages
 from compile_modes._compat import frames
 from compile_modes.backend.owners import Names
 from compile_modes.errors import OverrideError
@@ -12,7 +12,6 @@ from compile_modes.graph.folding import unfold_literals
 from compile_modes.graph.requests import MODES, no_match, owner_matches
 from compile_modes.graph.rewrite import Report, apply, assign
 from compile_modes.graph.sites import Site, add_note
-from compile_modes.messages import warn_once
 
 # Read their flag to choose between a fast path and the same computation in parts.
 _SAME_IN_BOTH = (nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.MultiheadAttention)
@@ -62,11 +61,8 @@ def put_into_modes(
         check_names(overrides, names.everything)
         overrides = {p: m for p, m in overrides.items() if any(owner_matches(o, p) for o in owners)}
     if decided := decided_by_python(found, names, training, overrides):
-        warn_once(
-            f"{', '.join(decided[:5])} read their training flag in Python, where options can't reach: what "
-            "depends on it stays as the flag says.\n  what to do: set the flag, by train() or eval() of the module",
-            id(names.everything.get("")), training, *overrides.items(),
-        )  # fmt: skip
+        about = id(names.everything.get("")), training, *overrides.items()
+        messages.DECIDED_IN_PYTHON.warn_once(*about, modules=", ".join(decided[:5]))
     report = apply(captured, assign(found, training, overrides), refusal)
     if report.refused:
         raise refused(report)
@@ -126,24 +122,12 @@ def check_patterns(overrides: Mapping[str, str], found: Sequence[Site], names: N
             n for n in names.unclear for name in names.modules if _is_below(name, n) and owner_matches(name, pattern)
         }
         if unclear:
-            raise OverrideError(
-                f"the pattern {pattern!r} names parts of one of several exported modules that can't be told apart",
-                where=f"overrides[{pattern!r}], {', '.join(sorted(names.unclear))}",
-                remedy="set the flag, by train() or eval(): they have no state, by which a graph would show them",
-            )
+            raise messages.INDISTINCT.error(pattern=pattern, modules=", ".join(sorted(names.unclear)))
         fused = [s for s in found if s.op.inference and any(owner_matches(n, pattern) for n in _below(s.owner, names))]
         if fused:
-            raise OverrideError(
-                f"the pattern {pattern!r} names parts of a fused kernel of inference",
-                where=f"overrides[{pattern!r}], {fused[0]}",
-                remedy="call torch.backends.mha.set_fastpath_enabled(False) first, or run the model with gradients",
-            )
+            raise messages.PART_OF_KERNEL.error(pattern=pattern, site=fused[0])
         if read:
-            raise OverrideError(
-                f"the pattern {pattern!r} names modules that have no mode-dependent op: Python reads their flag",
-                where=f"overrides[{pattern!r}], {', '.join(read[:3])}",
-                remedy="set the flag itself, by train() or eval() of that module",
-            )
+            raise messages.READ_IN_PYTHON.error(pattern=pattern, modules=", ".join(read[:3]))
     return left
 
 
@@ -189,11 +173,7 @@ def check_recurrent(names: Names, training: bool | None, overrides: Mapping[str,
     for name, module in {**names.everything, **names.modules}.items():
         drops = isinstance(module, nn.RNNBase) and module.dropout and module.num_layers > 1
         if drops and wanted(name, training, overrides) not in (None, module.training):
-            raise OverrideError(
-                f"Dynamo leaves {type(module).__name__} modules to eager mode, where options can't reach",
-                where=f"owner {name!r}",
-                remedy="set torch._dynamo.config.allow_rnn = True, or set the flag, by train() or eval()",
-            )
+            raise messages.EAGER_RNN.error(kind=type(module).__name__, owner=name)
 
 
 def refused(report: Report) -> OverrideError:
@@ -201,10 +181,6 @@ def refused(report: Report) -> OverrideError:
     lost = sorted({site.owner for site, _ in report.refused if site.lacks_p and not site.op.inference})
     first = report.refused[0][0]
     example = f"{{{first.owner!r}: {'train' if first.training else 'eval'!r}}}"
-    remedy = f"leave them out by a pattern of their own that comes first, such as {example}"
-    if lost:
-        remedy += f"; or say what it has lost, 0.0 for none: options={{'dropout_p': {{{lost[0]!r}: 0.1}}}}"
     lines = [f"  {site}: {why}" for site, why in report.refused]
-    return OverrideError(
-        f"{len(lines)} sites can't be put into the mode that was asked for:\n" + "\n".join(lines), remedy=remedy
-    )
+    said = {"count": len(lines), "sites": "\n".join(lines), "example": example}
+    return messages.SITES_LACK_P.error(**said, owner=lost[0]) if lost else messages.SITES_REFUSED.error(**said)

@@ -7,8 +7,7 @@ from typing import Any, NoReturn, TypeVar
 
 from torch import nn
 
-from compile_modes import _compat
-from compile_modes.errors import BindError
+from compile_modes import _compat, messages
 from compile_modes.graph.bodies import Body, bodies
 from compile_modes.graph.calls import GATES
 from compile_modes.graph.edits import set_argument
@@ -42,7 +41,7 @@ def bake(module: _M, training: bool | None = None) -> _M:
     found = sites(root)
     bound = [site for site in found if site.bound]
     if found and not bound and training is not None:
-        raise BindError("no site is bound", where=type(root).__name__, remedy="use set_mode() on an unbound graph")
+        raise messages.NOTHING_BOUND.error(kind=type(root).__name__)
     write_back(root, {s: bool(s.training) if training is None else training is not s.inverted for s in bound})
     for site in found:
         if note(site.node).get("mode") == KEPT:
@@ -78,7 +77,7 @@ def write_back(root: nn.Module, modes: Mapping[Site, bool]) -> None:
 
 
 def _baked(method: str, *args: Any, **kwargs: Any) -> NoReturn:
-    raise BindError(f"{method}() cannot act on baked modes", remedy="call compile_modes.bind(module) first")
+    raise messages.BAKED.error(method=method)
 
 
 def _drop_flags(body: Body) -> None:

@@ -1,15 +1,14 @@
 """``bind``: flags that a graph reads, instead of literals that it has swallowed."""
 
 import operator
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from compile_modes import _compat
-from compile_modes.errors import BindError, CompileModesError, ModeWarning
+from compile_modes import _compat, messages
+from compile_modes.errors import CompileModesError, ModeWarning
 from compile_modes.exported import planning
 from compile_modes.exported.lost import left_nothing, remark, remark_nothing
 from compile_modes.exported.provenance import Source
@@ -54,11 +53,11 @@ def bind(exported: Any, *, keep: Sequence[str] = (), dropout_p: Mapping[str, flo
     """
     if isinstance(getattr(exported, "_orig_mod", exported), DualModule):
         if keep or dropout_p:
-            raise BindError("the module is bound already", remedy="pass keep and dropout_p when binding a program")
+            raise messages.BOUND_ALREADY.error()
         return exported  # bound when it was made
     root, plan, remarks = bind_root(exported, keep, dropout_p)
-    for text in [*planning.complaints(plan), *remarks]:
-        warnings.warn(text, ModeWarning, stacklevel=2)
+    for warning in [*planning.complaints(plan), *remarks]:
+        messages.warn(warning)
     if isinstance(exported, torch.export.ExportedProgram):
         keep = [keep] if isinstance(keep, str) else keep
         Source({"model": exported}, keep=keep, dropout_p=dropout_p).stay_with(root)
@@ -68,7 +67,7 @@ def bind(exported: Any, *, keep: Sequence[str] = (), dropout_p: Mapping[str, flo
 
 def bind_root(
     exported: Any, keep: Sequence[str], dropout_p: Mapping[str, float] | None
-) -> tuple[nn.Module, planning.Plan, list[str]]:
+) -> tuple[nn.Module, planning.Plan, list[ModeWarning]]:
     """Binds as :func:`bind` does, without its warnings.
 
     Returns:
@@ -92,7 +91,7 @@ def bind_root(
     if recomposed.decomposed:
         remarks = remark(root, program, trains)
     else:
-        remarks = "" if trains else remark_nothing(root, plan.gone)
+        remarks = None if trains else remark_nothing(root, plan.gone)
     return root, plan, [remarks] if remarks else []
 
 

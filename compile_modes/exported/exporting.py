@@ -7,8 +7,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from compile_modes import _compat
-from compile_modes.errors import ExportError
+from compile_modes import _compat, messages
 from compile_modes.exported.binding import carry_out
 from compile_modes.exported.pairing import Pairing, pair
 from compile_modes.exported.planning import Plan, plan_binding
@@ -47,10 +46,7 @@ def export(
     """
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, nn.Module) or isinstance(model, torch.fx.GraphModule):
-        raise ExportError(
-            f"{type(model).__name__} is not an eager module",
-            remedy="pass the model itself; bind() gives modes to a program that was exported already",
-        )
+        raise messages.NOT_EAGER.error(kind=type(model).__name__)
     modes, before = flags(model), _digest(model)
     programs = {}
     try:
@@ -59,11 +55,7 @@ def export(
             with exportable(model):
                 programs[training] = _export(model, training, args, kwargs, dynamic_shapes)
         if _digest(model) != before:
-            raise ExportError(
-                "the state of the model changes with its mode, but its two programs share it",
-                where=type(model).__name__,
-                remedy="undo what its train() does to parameters and buffers (a merge of weights, say) before export",
-            )
+            raise messages.STATE_CHANGES.error(kind=type(model).__name__)
     finally:
         model.train(modes[""])  # for models whose train() does more
         set_flags(model, modes)
@@ -90,11 +82,8 @@ def _export(model: nn.Module, training: bool, args: Any, kwargs: Any, dynamic_sh
         for leaked in _compat.BUFFER_HOOKS.keys() - hooks.keys():
             del _compat.BUFFER_HOOKS[leaked]
         first_line = (str(error).splitlines() or [""])[0]
-        raise ExportError(
-            f"the {'train' if training else 'eval'} export failed: {type(error).__name__}: {first_line}",
-            where=type(model).__name__,
-            remedy=f"make torch.export.export(model.{'train' if training else 'eval'}(), args) work",
-        ) from error
+        said, mode = f"{type(error).__name__}: {first_line}", "train" if training else "eval"
+        raise messages.EXPORT_FAILED.error(mode=mode, error=said, kind=type(model).__name__) from error
 
 
 def assemble(train: ExportedProgram, evaluation: ExportedProgram, modes: Mapping[str, bool]) -> nn.Module:

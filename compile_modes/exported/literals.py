@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from compile_modes import _compat
-from compile_modes.errors import BindError
+from compile_modes import _compat, messages
 from compile_modes.graph.bodies import bodies, join, state_path
 from compile_modes.graph.edits import set_argument
 from compile_modes.graph.rewrite import editable
@@ -39,11 +38,8 @@ def restore_literals(module: nn.Module, exported: Any) -> list[str]:
     root = editable(module)
     found, before = sites(root), _literals(sites(exported))
     if found and not any(_key(site) in before for site in found):
-        raise BindError(
-            "no site of the module is in the program",
-            where=", ".join(sorted({home or "(root)" for home, _ in map(_key, found)})),
-            remedy="pass the program that the module was made from",
-        )
+        homes = sorted({home or "(root)" for home, _ in map(_key, found)})
+        raise messages.OTHER_PROGRAM.error(owners=", ".join(homes))
     changed: list[str] = []
     edited: set[nn.Module] = set()
     stds = _variances(root)

@@ -5,18 +5,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import fx, nn
 
-from compile_modes import _compat
+from compile_modes import _compat, messages
+from compile_modes.errors import ModeWarning
 from compile_modes.graph.bodies import attribute, bodies, join, module_class, module_path
 from compile_modes.graph.ops import STATS, lookup
 from compile_modes.graph.sites import REMARKS
 
-_ERASED = "dropouts that the model may have had are erased from an eval graph; train() can't bring them back"
-_UNREAD = "its batch norm is not in the graph: it was not called, or its result was not used"
-_STAYS = "its dropout is decomposed, and stays as it was exported"
-_RNN = "torch's decomposition of an RNN drops the dropout between its layers, if there was any"
 
-
-def remark(root: nn.Module, program: torch.export.ExportedProgram | None, trains: bool) -> str:
+def remark(root: nn.Module, program: torch.export.ExportedProgram | None, trains: bool) -> ModeWarning | None:
     """Says what :func:`remarks` finds, and keeps it for ``explain``.
 
     Args:
@@ -25,20 +21,16 @@ def remark(root: nn.Module, program: torch.export.ExportedProgram | None, trains
         trains: whether any site is in train mode.
 
     Returns:
-        The text of a warning; empty if there is nothing to say.
+        A warning; None if there is nothing to say.
     """
     found = list(remarks(root))
     if not trains:
         found += [*_unread(root), *_erased(root, program)]
     root.__dict__.setdefault("meta", {})[REMARKS] = found
     if not found:
-        return ""
+        return None
     more = [f"  and {len(found) - 5} more, see compile_modes.explain()"] if found[5:] else []
-    return (
-        "the program is decomposed, and parts of it will not follow train() and eval():\n"
-        + "\n".join(["  " + line for line in found[:5]] + more)
-        + "\n  what to do: bind the program before run_decompositions()"
-    )
+    return messages.DECOMPOSED_PROGRAM.warning(parts="\n".join(["  " + line for line in found[:5]] + more))
 
 
 def left_nothing(root: nn.Module, program: torch.export.ExportedProgram | None) -> list[str]:
@@ -65,17 +57,14 @@ def _prefixes(path: str) -> list[str]:
     return [".".join(names[: i + 1]) for i in range(len(names))]
 
 
-def remark_nothing(root: nn.Module, names: Sequence[str]) -> str:
+def remark_nothing(root: nn.Module, names: Sequence[str]) -> ModeWarning | None:
     """As :func:`remark`, of modules that an eval export has left nothing of."""
     if not names:
-        return ""
+        return None
     more = f" and {len(names) - 5} more" if names[5:] else ""
-    says = f"{', '.join(map(repr, names[:5]))}{more} left nothing in the eval export"
-    root.__dict__.setdefault("meta", {})[REMARKS] = [f"{says}; what they do in train, if anything, is lost"]
-    return (
-        f"{says}: unless they do nothing in train either, as Identity does, train() can't bring that back.\n"
-        "  what to do: export in train mode, or by compile_modes.export(model, args); or bind with keep=[...] if so"
-    )
+    modules = f"{', '.join(map(repr, names[:5]))}{more}"
+    root.__dict__.setdefault("meta", {})[REMARKS] = [messages.LEFT_NOTHING.reason(modules=modules)]
+    return messages.NOTHING_LEFT.warning(modules=modules)
 
 
 def remarks(root: nn.Module) -> Iterator[str]:
@@ -87,14 +76,14 @@ def remarks(root: nn.Module) -> Iterator[str]:
     for node in nodes:
         owner = module_path(node)
         kind = module_class(node) or object
-        why = ""
+        lost: messages.Remark | None = None
         if issubclass(kind, _compat.DROPOUT) and owner not in having_sites and not _erased_dropout(node):
-            why = _STAYS
+            lost = messages.STAYS
         elif issubclass(kind, nn.RNNBase) and owner not in having_sites and _layers(root, owner) > 1:
-            why = _RNN
-        if why and owner not in said:
+            lost = messages.RNN_DECOMPOSED
+        if lost is not None and owner not in said:
             said.add(owner)
-            yield f"{owner or '(root)'}: {why}"
+            yield lost.reason(owner=owner or "(root)")
 
 
 def _layers(root: nn.Module, owner: str) -> int:
@@ -117,7 +106,7 @@ def _unread(root: nn.Module) -> Iterator[str]:
     for name, buffer in root.named_buffers():
         home, _, leaf = name.rpartition(".")
         if leaf == STATS[0] and id(buffer) not in read:
-            yield f"{home or '(root)'}: {_UNREAD}"
+            yield messages.UNREAD.reason(owner=home or "(root)")
 
 
 def _erased(root: nn.Module, program: torch.export.ExportedProgram | None) -> Iterator[str]:
@@ -127,5 +116,7 @@ def _erased(root: nn.Module, program: torch.export.ExportedProgram | None) -> It
     gone = [name for name in gone if not any(other.startswith(name + ".") for other in gone)]
     # With neither a site nor a module that vanished, nothing says that the program was exported in eval mode.
     if gone or any(lookup(node.target) for node in nodes):
-        more = ", ..." if gone[5:] else ""
-        yield _ERASED + (f" (modules that left nothing behind: {', '.join(gone[:5])}{more})" if gone else "")
+        if not gone:
+            yield messages.ERASED.reason()
+        else:
+            yield messages.ERASED_MODULES.reason(modules=", ".join(gone[:5]) + (", ..." if gone[5:] else ""))

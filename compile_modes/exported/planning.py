@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from compile_modes import _compat
-from compile_modes.errors import BindError, OptionError
+from compile_modes import _compat, messages
+from compile_modes.errors import ModeWarning
 from compile_modes.graph.bodies import bodies, is_batch_norm, module_path
 from compile_modes.graph.explain import overriding, reused
 from compile_modes.graph.regions import regions, samplers
@@ -84,11 +84,11 @@ def plan_binding(
 
 def _kept(found: list[Site], keep: Sequence[str], other_owners: set[str]) -> set[Site]:
     if not isinstance(keep, Iterable):
-        raise OptionError(f"{keep!r} is not a list of owner globs", where="keep", remedy='pass keep=["head.*"]')
+        raise messages.NOT_A_LIST.error(keep=keep)
     owners = sorted({site.owner for site in found} | other_owners)
     for pattern in keep:
         if not isinstance(pattern, str):
-            raise OptionError(f"{pattern!r} is not an owner glob", where="keep", remedy='pass keep=["head.*"]')
+            raise messages.NOT_A_GLOB.error(pattern=pattern, where="keep", example='keep=["head.*"]')
         if not any(owner_matches(owner, pattern) for owner in owners):
             raise no_match(pattern, owners, "keep")
     kept = {site for site in found if _matches_any(site.owner, keep)}
@@ -123,11 +123,7 @@ def _supplied(found: list[Site], dropout_p: Any) -> dict[Site, float]:
             raise no_match(pattern, owners, "dropout_p", "attention or functional dropout")
         for site in named:
             if site.p or site.bound:
-                raise OptionError(
-                    f"{site} has kept its own probability",
-                    where=f"dropout_p[{pattern!r}]",
-                    remedy="leave it out: dropout_p is for what an eval export has lost",
-                )
+                raise messages.HAS_PROBABILITY.error(site=site, pattern=pattern)
             supplied.setdefault(site, float(p))
     return supplied
 
@@ -171,66 +167,47 @@ def _check_names(root: nn.Module, owners: Iterable[str]) -> None:
                 break
             module = getattr(module, name)
             if not isinstance(module, nn.Module):
-                raise BindError(
-                    f"the owner's name is taken by a {type(module).__name__} of the exported module",
-                    where=f"owner {owner!r}, attribute {name!r}",
-                    remedy=f"rename that submodule before export, or pass keep=({owner!r},)",
-                )
+                raise messages.NAME_TAKEN.error(kind=type(module).__name__, owner=owner, name=name)
 
 
-def complaints(plan: Plan) -> list[str]:
-    """What will not follow ``train()`` and ``eval()``, a text for each reason."""
+def complaints(plan: Plan) -> list[ModeWarning]:
+    """What will not follow ``train()`` and ``eval()``, a warning for each reason."""
     said = (_stuck(plan), _uncounted(plan), _reused(plan), _overriding(plan), _unsaid(plan))
-    return [text for text in said if text]
+    return [warning for warning in said if warning is not None]
 
 
-def _overriding(plan: Plan) -> str:
+def _overriding(plan: Plan) -> ModeWarning | None:
     if not plan.overriding:
-        return ""
-    return (
-        f"train() is overridden by {', '.join(plan.overriding[:5])}, but that of a bound module sets all flags "
-        "below it.\n  what to do: after train(), call eval() on what that method keeps in eval; or bind with "
-        "keep=[...]; or use compile_modes.export(model, args)"
-    )
+        return None
+    return messages.TRAIN_OVERRIDDEN.warning(classes=", ".join(plan.overriding[:5]))
 
 
-def _unsaid(plan: Plan) -> str:
+def _unsaid(plan: Plan) -> ModeWarning | None:
     if not plan.unclear:
-        return ""
+        return None
     owners = sorted({repr(module_path(node)) for node in plan.unclear})
-    return (
-        f"random numbers of {', '.join(owners[:5])} are drawn in both modes: one export can't tell whether they "
-        "depend on mode.\n  what to do: compile_modes.export(model, args), which can; or keep=[owner] if they don't"
-    )
+    return messages.RANDOM_IN_BOTH.warning(owners=", ".join(owners[:5]))
 
 
-def _stuck(plan: Plan) -> str:
+def _stuck(plan: Plan) -> ModeWarning | None:
     if not plan.stuck:
-        return ""
+        return None
     lines = [f"  {site.node.name} (owner {site.owner!r}): {why}" for site, why in plan.stuck]
-    remedy = f"export in {'eval' if plan.program else 'train'} mode, which keeps what they need"
+    more = [f"  and {len(lines) - 5} more, see compile_modes.explain()"] if lines[5:] else []
+    shown = "\n".join(lines[:5] + more)
     if any(site.op.decomposed for site, _ in plan.stuck):
-        remedy = "bind the program before run_decompositions()"
-    return (
-        f"{len(lines)} sites keep their exported mode and will not follow train() and eval():\n"
-        + "\n".join(lines[:5] + ([f"  and {len(lines) - 5} more, see compile_modes.explain()"] if lines[5:] else []))
-        + f"\n  what to do: {remedy}"
-    )
+        return messages.STUCK_DECOMPOSED.warning(count=len(lines), sites=shown)
+    return messages.STUCK.warning(count=len(lines), sites=shown, mode="eval" if plan.program else "train")
 
 
-def _reused(plan: Plan) -> str:
+def _reused(plan: Plan) -> ModeWarning | None:
     again = [site for site in plan.bindable if reused(site)]
     if not again:
-        return ""
-    named = ", ".join(map(str, again[:3]))
-    return (
-        f"{len(again)} dropouts exported in eval mode have several users: {named}\n  If the model uses the input "
-        "of one of them again, train mode is wrong: in eval the two are one tensor, and export can't tell.\n"
-        "  what to do: export in train mode, or compile_modes.export(model, args)"
-    )
+        return None
+    return messages.REUSED.warning(count=len(again), sites=", ".join(map(str, again[:3])))
 
 
-def _uncounted(plan: Plan) -> str:
+def _uncounted(plan: Plan) -> ModeWarning | None:
     """A batch norm module always has a counter; its absence from an eval program means that export has dropped it."""
     lost = [
         site.owner
@@ -238,8 +215,5 @@ def _uncounted(plan: Plan) -> str:
         if site.op.counter and site.counter is None and is_batch_norm(site.node) and not site.training
     ]
     if not lost:
-        return ""
-    return (
-        f"num_batches_tracked of {', '.join(map(repr, lost[:5]))} is not in the exported module and will not be "
-        "counted (strict export in eval mode drops it).\n  what to do: bind the ExportedProgram instead"
-    )
+        return None
+    return messages.UNCOUNTED.warning(owners=", ".join(map(repr, lost[:5])))

@@ -1,6 +1,5 @@
 """Standard programs of torch.export, in a mode: what ``python -m compile_modes bake`` writes."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,8 +8,9 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from compile_modes import messages
 from compile_modes._compat import pt2
-from compile_modes.errors import BindError, ModeWarning, OverrideError
+from compile_modes.errors import ModeWarning
 from compile_modes.exported import planning
 from compile_modes.exported.baking import write_back
 from compile_modes.exported.binding import bind_root
@@ -50,12 +50,12 @@ class Request:
     holder: nn.Module
     name: str = "model"
     plan: Plan | None = None
-    remarks: list[str] = field(default_factory=list)
+    remarks: list[ModeWarning] = field(default_factory=list)
     exact: ExportedProgram | None = None
     modes: dict[Site, bool | None] = field(default_factory=dict)
     overridden: set[Site] = field(default_factory=set)
     refused: list[tuple[Site, str]] = field(default_factory=list)
-    complaints: list[str] = field(default_factory=list)
+    complaints: list[ModeWarning] = field(default_factory=list)
 
     @property
     def changed(self) -> list[Site]:
@@ -106,20 +106,22 @@ def baked(
         ModeWarning: with ``allow_stuck``, what is not in that mode.
     """
     request = prepare(exported, training, overrides)
-    refused = refusals(request)
-    if refused and not allow_stuck:
-        raise OverrideError(refused)
+    if request.refused and not allow_stuck:
+        raise messages.OVERRIDES_REFUSED.error(sites=_refused(request))
     if request.complaints and not allow_stuck:
-        raise BindError("\n".join(request.complaints))
-    for text in [*([refused] if refused else []), *request.complaints]:
-        warnings.warn(text, ModeWarning, stacklevel=2)
+        raise messages.NOT_IN_MODE.error(complaints="\n".join(map(str, request.complaints)))
+    for warning in [*refusals(request), *request.complaints]:
+        messages.warn(warning)
     return request.carried_out()
 
 
-def refusals(request: Request) -> str:
+def refusals(request: Request) -> list[ModeWarning]:
     """What to say of the overrides that can't be carried out; empty if all can."""
-    lines = [f"  {site}: {why}" for site, why in request.refused]
-    return "\n".join(["overrides name sites that can't be put into that mode:", *lines]) if lines else ""
+    return [messages.OVERRIDES_STUCK.warning(sites=_refused(request))] if request.refused else []
+
+
+def _refused(request: Request) -> str:
+    return "\n".join(f"  {site}: {why}" for site, why in request.refused)
 
 
 def prepare(
@@ -157,12 +159,9 @@ def _stored(module: nn.Module, training: bool | None) -> Request:
     """A fresh module from what ``module`` was made from, in the modes that its program was exported in."""
     source = Source.of(module)
     if source is None:
-        raise BindError(
-            f"{type(module).__name__} was not made from an ExportedProgram by bind(), nor by export()",
-            remedy="pass the ExportedProgram itself, or bind() it and pass the result",
-        )
+        raise messages.NOT_OF_A_PROGRAM.error(kind=type(module).__name__)
     if not source.made(module):
-        raise BindError("the module's graph was edited after it was bound", remedy="pass a module that bind() returned")
+        raise messages.EDITED.error()
     stored = {name: _with_state_of(module, program) for name, program in source.programs.items()}
     if stored.keys() == {"model"}:
         return _one(stored["model"], source.keep, source.dropout_p or None)
@@ -184,11 +183,7 @@ def _with_state_of(module: nn.Module, program: ExportedProgram) -> ExportedProgr
     for name, value in {**state, **constants}.items():
         before = program.state_dict[name] if name in state else program.constants[name]
         if isinstance(before, torch.Tensor) and _kind(value) != _kind(before):
-            raise BindError(
-                f"the program was exported with a {_kind(before)}, the module has a {_kind(value)}",
-                where=name,
-                remedy="export again after changing dtypes, shapes or devices",
-            )
+            raise messages.OTHER_STATE.error(before=_kind(before), now=_kind(value), name=name)
     return pt2.with_state(program, state, {**program.constants, **constants})
 
 
@@ -196,7 +191,7 @@ def _kind(value: Any) -> str:
     return f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
 
 
-def _complaints(request: Request, training: bool | None) -> list[str]:
+def _complaints(request: Request, training: bool | None) -> list[ModeWarning]:
     """What binding would warn of, as far as it concerns the modes that are asked for."""
     plan, modes = request.plan, request.modes
     asks = training is not None or bool(request.overridden)

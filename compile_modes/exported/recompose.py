@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import fx, nn
 
-from compile_modes import _compat
+from compile_modes import _compat, messages
 from compile_modes.graph import calls
 from compile_modes.graph.bodies import Body, attribute, bodies, join
 from compile_modes.graph.ops import STATS, ModeOp, lookup
@@ -286,7 +286,7 @@ def _whole(op: _Apart) -> fx.Node:
 def _refuse(norm: _Apart, why: str) -> None:
     """Notes the reason, and lets a batch norm in train read copies: the graph overwrites its statistics later."""
     if "refusal" not in note(norm.node):
-        add_note(norm.node, refusal=f"decomposed, and {why}")
+        add_note(norm.node, refusal=messages.NOT_RECOMPOSED.reason(why=why))
     for name in STATS if norm.training is not False else ():
         operand = norm.operand(name)
         if norm.row.new_state(name) is not None and isinstance(operand, fx.Node) and operand.op == "get_attr":

@@ -7,12 +7,13 @@ from typing import Any
 from torch import fx, nn
 from torch._ops import OpOverload
 
-from compile_modes import _compat, console
+from compile_modes import _compat, console, messages
 from compile_modes.graph.bodies import Body, bodies, module_classes, module_path, state_path
 from compile_modes.graph.dual import DualModule
 from compile_modes.graph.flags import is_flag
 from compile_modes.graph.ops import lookup
 from compile_modes.graph.regions import samplers
+from compile_modes.graph.requests import MODES
 from compile_modes.graph.sites import KEPT, REMARKS, Site, graph_root, note, sites
 
 
@@ -64,7 +65,8 @@ def surveyed(
         - ``sites``: in graph order, each with ``op``, ``family``, ``owner`` (dotted path, "" for the root), ``mode``
           ("train", "eval"; None if it has none), ``held_by`` ("flag", "literal", "hard-coded", "kept", "override"),
           ``inverted`` (in train when its flag says eval), ``modeless`` (computes the same in both modes), ``literals``
-          (p, or momentum and eps), and ``limits`` ("train" or "eval", and why it can't be put there).
+          (p, or momentum and eps), ``limits`` ("train" or "eval", and why it can't be put there), and ``codes``, those
+          of these reasons in the catalogue.
         - ``totals``: how many sites of each family.
         - ``remarks``: what may depend on mode and is no site, a line each.
     """
@@ -104,7 +106,7 @@ def _table(program: Mapping[str, Any]) -> str:
     rows = []
     for site in program["sites"]:
         literals = ", ".join(f"{name}={value}" for name, value in site["literals"].items())
-        limits = [f"not to {mode}: {why}" for mode, why in site["limits"].items()]
+        limits = [f"not to {mode} ({site['codes'][mode]}): {why}" for mode, why in site["limits"].items()]
         limits = ["the same computation in both modes"] if site["modeless"] else limits
         held_by = site["held_by"] + (", inverted" if site["inverted"] and site["held_by"] == "flag" else "")
         rows.append((site["op"], site["owner"] or "(root)", site["mode"] or "-", held_by, literals, "; ".join(limits)))
@@ -114,6 +116,7 @@ def _table(program: Mapping[str, Any]) -> str:
 
 
 def _described(site: Site, overridden: bool) -> dict[str, Any]:
+    reasons = {mode: messages.parted(why) for mode, t in MODES.items() if (why := site.refusal(t))}
     return {
         "op": str(site.op),
         "family": site.op.family,
@@ -123,7 +126,8 @@ def _described(site: Site, overridden: bool) -> dict[str, Any]:
         "inverted": site.inverted,
         "modeless": site.modeless,
         "literals": {name: _plain(value) for name, value in site.literals.items()},
-        "limits": {name: why for name, t in (("train", True), ("eval", False)) if (why := site.refusal(t))},
+        "limits": {mode: text for mode, (_, text) in reasons.items()},
+        "codes": {mode: code for mode, (code, _) in reasons.items()},
     }
 
 
@@ -141,19 +145,17 @@ def _plain(value: Any) -> Any:
 def _remarks(root: nn.Module, found: list[Site]) -> list[str]:
     known = {node for site in found for node in (site.node, site.step, *(site.region.nodes if site.region else ()))}
     lines: list[str] = list(getattr(root, "meta", {}).get(REMARKS, ()))
-    lines += [f"not called: train() of {name}, which overrides nn.Module's" for name in overriding(found)]
-    lines += [
-        f"exported in eval: users of the input of {s} may stand as users of its result" for s in found if reused(s)
-    ]
+    lines += [messages.NOT_CALLED.reason(kind=name) for name in overriding(found)]
+    lines += [messages.MAY_BE_ONE.reason(site=site) for site in found if reused(site)]
     for body in bodies(root):
         if body.gated:
             continue
         for node in samplers(body):
             if node not in known and node.target not in _compat.UNCONDITIONAL_HOPS:
-                lines.append(f"in both modes: {node.target} draws random numbers (owner {module_path(node)!r})")
+                lines.append(messages.DRAWS.reason(op=node.target, owner=module_path(node)))
         for node in body.graph.nodes:
             for path in _written(body, node) if node not in known and lookup(node.target) is None else ():
-                lines.append(f"in both modes: {node.target} writes the buffer {path!r} (owner {module_path(node)!r})")
+                lines.append(messages.WRITES.reason(op=node.target, path=path, owner=module_path(node)))
     return lines
 
 

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from compile_modes import _compat
-from compile_modes.errors import BindError
+from compile_modes import _compat, messages
 from compile_modes.graph import calls
 from compile_modes.graph.bodies import Body, attribute, own
 from compile_modes.graph.edits import insert_dropout, insert_step, loosen_views, set_argument
@@ -63,9 +62,7 @@ def set_mode(graph_module: nn.Module, training: bool | None, *, overrides: Mappi
 def editable(module: Any) -> nn.Module:
     """:func:`graph_root` of something whose graph may be edited in place; a program hands out copies only."""
     if isinstance(module, torch.export.ExportedProgram):
-        raise BindError(
-            "an ExportedProgram can't be edited in place", remedy="pass the module of its module(), or bind it"
-        )
+        raise messages.NOT_EDITABLE.error()
     return graph_root(module)
 
 

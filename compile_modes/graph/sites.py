@@ -9,8 +9,7 @@ import torch
 from torch import fx, nn
 from torch.export.unflatten import UnflattenedModule
 
-from compile_modes import _compat
-from compile_modes.errors import BindError
+from compile_modes import _compat, messages
 from compile_modes.graph import calls
 from compile_modes.graph.bodies import (
     Body,
@@ -105,7 +104,7 @@ class Site:
         return shown | {name: self.read(name) for name in self.op.shown}
 
     def refusal(self, training: bool) -> str:
-        """Why the site cannot be put into the given mode; empty if it can."""
+        """Why the site cannot be put into the given mode, with its code in front; empty if it can."""
         if self.modeless or self.training is training:
             return ""
         if self.op is LOST_DROPOUT and self.p:
@@ -113,20 +112,20 @@ class Site:
         if self.op.refusal:
             return note(self.node).get("refusal") or self.op.refusal
         if self.training is None:
-            return f"its {self.op.flag or self.op.p} is computed in the graph"
+            return messages.COMPUTED.reason(argument=self.op.flag or self.op.p)
         if not training or self.bound:
             return ""
         return self._not_to_train()
 
     def _not_to_train(self) -> str:
         if self.lacks_p:
-            return f"{self.op.p} is 0: the op had none, or it was traced in eval mode and its p is lost"
+            return messages.LACKS_P.reason(argument=self.op.p)
         if self.op.counter and self.read(self.op.shown[0]) == 0:
-            return "momentum 0.0 in an eval graph: a cumulative average looks the same; export under exportable(model)"
+            return messages.CUMULATIVE.reason()
         if self.op.stats and not self.body.runs_once:
-            return "it would write its statistics inside a branch, a loop or a nested compile region"
+            return messages.RUNS_OFTEN.reason()
         if self.counter and self.step is None and self.counter_at is None:
-            return f"{self.counter} is out of the graph's reach, so train could not advance it"
+            return messages.OUT_OF_REACH.reason(counter=self.counter)
         return ""
 
     def __str__(self) -> str:
@@ -199,14 +198,8 @@ def graph_root(obj: Any) -> nn.Module:
     if isinstance(module, fx.GraphModule | UnflattenedModule):
         return module
     if isinstance(module, DualModule):
-        raise BindError(
-            "the module holds two programs, one for each mode",
-            remedy="use module.program(True) or module.program(False)",
-        )
-    raise BindError(
-        f"{type(module).__name__} has no graph of ATen ops",
-        remedy="export it first: torch.export.export(model, args); an eager module needs no binding",
-    )
+        raise messages.TWO_PROGRAMS.error()
+    raise messages.NO_GRAPH.error(kind=type(module).__name__)
 
 
 def _site(body: Body, node: fx.Node, row: ModeOp) -> Site:

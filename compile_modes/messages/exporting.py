@@ -1,0 +1,25 @@
+"""CM3xx: exporting both modes of an eager model."""
+
+from compile_modes.errors import ExportError
+from compile_modes.messages.entry import Error
+
+NOT_EAGER = Error(
+    "CM301",
+    "{kind} is not an eager module",
+    "pass the model itself; bind() gives modes to a program that was exported already",
+    raised=ExportError,
+)
+STATE_CHANGES = Error(
+    "CM302",
+    "the state of the model changes with its mode, but its two programs share it",
+    "undo what its train() does to parameters and buffers (a merge of weights, say) before export",
+    where="{kind}",
+    raised=ExportError,
+)
+EXPORT_FAILED = Error(
+    "CM303",
+    "the {mode} export failed: {error}",
+    "make torch.export.export(model.{mode}(), args) work",
+    where="{kind}",
+    raised=ExportError,
+)
