@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 import compile_modes as cm
-from compile_modes import _compat
+from compile_modes import _compat, messages
+from compile_modes.messages.page import markdown
 
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"^```(?P<info>[^\n]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -114,3 +115,11 @@ def test_each_limit_says_who_enforces_it_and_what_to_do():
         enforced = re.findall(r"^- Enforced: (.*)", limit, re.MULTILINE)
         assert len(enforced) == len(re.findall("^- To do: .", limit, re.MULTILINE)) == 1, limit
         assert re.match("refused|warned|listed|silent|torch", enforced[0]), limit
+        kinds = {messages.CATALOGUE[code].kind for code in re.findall(r"\[(CM\d+)\]", enforced[0])}
+        assert ("warned" in enforced[0]) is ("ModeWarning" in kinds), limit
+        assert ("refused" in enforced[0]) is any(kind.endswith("Error") for kind in kinds), limit
+
+
+def test_the_page_of_messages_is_current():
+    says = "run: python -m compile_modes.messages > docs/messages.md"
+    assert (ROOT / "docs" / "messages.md").read_text() == markdown(), says
