@@ -188,7 +188,11 @@ PROVOKED = {
 ELSEWHERE = {(21, "CM411"), (21, "CM401"), (29, "CM415")}
 
 
-@pytest.mark.parametrize(("limit", "code"), PROVOKED, ids=lambda part: str(part))
+# Where torch.export tells the result of an eval dropout from its input, there is nothing to warn of.
+TOLD_APART = {(2, "CM233")} if torch.__version__ < "2.14" else set()
+
+
+@pytest.mark.parametrize(("limit", "code"), [key for key in PROVOKED if key not in TOLD_APART], ids=str)
 def test_what_a_limit_says_has_its_code(limit, code, no_inductor):
     said = []
     with warnings.catch_warnings(record=True) as caught:
