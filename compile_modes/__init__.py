@@ -26,8 +26,9 @@ from compile_modes.exported.torchao import (
 )
 from compile_modes.graph.cumulative import exportable
 from compile_modes.graph.explain import explain
+from compile_modes.graph.finding import sites
 from compile_modes.graph.rewrite import Report, set_mode
-from compile_modes.graph.sites import Site, sites
+from compile_modes.graph.sites import Site
 
 __version__ = "0.1.0"  # the only place; packaging reads it from here
 

@@ -27,6 +27,11 @@ class CompileModesError(ShortenTraceback):
         self.cause, self.where, self.remedy, self.code = cause, where, remedy, code
         super().__init__(text_of(cause, where, remedy, code), first_useful_frame=None)
 
+    @property
+    def headline(self) -> str:
+        """Code and cause, to be quoted within another message."""
+        return text_of(self.cause, "", "", self.code)
+
     def at(self: _E, where: str) -> _E:
         """The same error, about another place."""
         return type(self)(self.cause, where=where, remedy=self.remedy, code=self.code)

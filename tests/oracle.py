@@ -7,8 +7,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from compile_modes.graph.bodies import Body, bodies, state_path
-from compile_modes.graph.sites import sites
+from compile_modes.graph.finding import sites
+from compile_modes.graph.view import Body, View
 
 TOLERANCE = 1e-4
 
@@ -111,7 +111,7 @@ def _same(what: str, a: Any, b: Any, tolerance: float) -> None:
 
 def text(root: nn.Module) -> str:
     """All graphs of a module as text that is the same on every supported torch: values by order, state by its path."""
-    return "\n".join(_text(body) for body in bodies(root))
+    return "\n".join(_text(body) for body in View(root).bodies)
 
 
 def _text(body: Body) -> str:
@@ -128,7 +128,7 @@ def _text(body: Body) -> str:
     for node in body.graph.nodes:
         if node.op in ("placeholder", "get_attr"):
             flag = node.op == "get_attr" and str(node.target).endswith("training")
-            names[node] = node.target if flag else state_path(body, node) or str(node.target)
+            names[node] = node.target if flag else body.view.state[node] or str(node.target)
         elif node.op == "output":
             lines.append("return " + show(node.args[0]))
         elif node.target != "_guards_fn":  # newer releases check inputs there

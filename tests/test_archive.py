@@ -16,6 +16,7 @@ from torch.export.pt2_archive._package import load_pt2
 
 import compile_modes as cm
 from compile_modes.archive import programs as archive
+from compile_modes.cli.files import open_file
 
 from nets import IMAGE, ConvNet  # isort: skip
 from oracle import agrees  # isort: skip
@@ -395,7 +396,7 @@ def test_operators_that_the_process_does_not_know_are_named(path, tmp_path):
 
     archive.write(path, {"eval": torch.export.export(Twice(), (torch.ones(2),))}, {})
     stderr = read_in_new_process(path, torch.ones(2))
-    assert "ArchiveError: program 'eval' uses operators that this process doesn't know" in stderr
+    assert "ArchiveError: CM519: program 'eval' uses operators that this process doesn't know" in stderr
     assert "torch.ops.archive_test.twice.default" in stderr
     assert "what to do: import what registers them" in stderr
     setup = f"sys.path.insert(0, {str(tmp_path)!r}); import operators_of_test"
@@ -431,14 +432,18 @@ def test_types_without_a_serialized_name_are_refused(path):
 def test_example_inputs_that_need_unpickling_are_left_out(path):
     torch.export.register_dataclass(Pair, serialized_type_name="archive_test.Pair")
     pair = Pair(torch.ones(2), torch.full((2,), 3.0))
-    archive.write(path, {"train": torch.export.export(Add(), (pair,))}, {})
-    with pytest.warns(UserWarning, match=r"example inputs of program 'train' were left out.*"):
+    program = torch.export.export(Add(), (pair,))
+    archive.write(path, {"train": program}, {})
+    with pytest.warns(cm.ModeWarning, match=r"^CM560: the example inputs of program 'train' were left out.*"):
         loaded, _ = archive.read(path)
     assert loaded["train"].example_inputs is None
     assert torch.equal(loaded["train"].module()(pair), torch.full((2,), 4.0))
     with torch.serialization.safe_globals([Pair]):
         loaded, _ = archive.read(path)
     assert torch.equal(loaded["train"].example_inputs[0][0].right, pair.right)
+    cm.save(cm.bind(program), path)
+    with pytest.warns(cm.ModeWarning, match="^CM560"):  # said on the command line too, which keeps back what bind says
+        open_file(str(path))
 
 
 class Odd(torch.Tensor):

@@ -2,7 +2,9 @@ import pytest
 import torch
 
 import compile_modes as cm
-from compile_modes.graph.bodies import bodies, canonical, dynamo_path, own
+from compile_modes.graph.edits import own
+from compile_modes.graph.owners import canonical, dynamo_path
+from compile_modes.graph.view import View
 
 from nets import IMAGE, Regions  # isort: skip
 
@@ -30,19 +32,19 @@ def test_call_indices_of_export_are_dropped():
 def test_regions_are_found_and_copied_before_an_edit():
     ep = torch.export.export(Regions(), (IMAGE,))
     gm = ep.module()
-    regions = [body.module for body in bodies(gm)[1:]]
+    regions = [body.module for body in View(gm).bodies[1:]]
     assert len(regions) == 1 or len(regions) == 2  # a disabled autocast region may be inlined
     assert own(gm)
     assert not own(gm), "owned once is owned"
-    assert all(body.module not in regions for body in bodies(gm))
+    assert all(body.module not in regions for body in View(gm).bodies)
 
 
 def test_binding_leaves_the_program_and_its_other_modules_alone():
     ep = torch.export.export(Regions(), (IMAGE,))
     other = ep.module()
-    before = [body.graph.python_code("self").src for body in bodies(ep.module())]
+    before = [body.graph.python_code("self").src for body in View(ep.module()).bodies]
     bound = cm.bind(ep).eval()
-    assert [body.graph.python_code("self").src for body in bodies(ep.module())] == before
+    assert [body.graph.python_code("self").src for body in View(ep.module()).bodies] == before
     torch.manual_seed(0)
     trained = other(IMAGE)
     torch.manual_seed(0)

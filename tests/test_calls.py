@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from compile_modes.graph.finding import sites
 from compile_modes.graph.functional import is_kept, kept_call
-from compile_modes.graph.sites import sites
 
 X = torch.randn(4, 4)
 

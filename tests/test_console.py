@@ -49,7 +49,7 @@ def test_without_rich_only_tables_fail(monkeypatch, capsys):
     assert_expected_inline(
         str(error.value),
         """\
-tables need rich, which is not installed
+CM901: tables need rich, which is not installed
   what to do: pip install rich""",
     )
     with console.progress("warming up", ["train"], show=True) as advance:

@@ -54,13 +54,14 @@ def test_missing_file_directory_and_empty_file(tmp_path):
     assert_expected_inline(
         message_of(tmp_path / "no.pt2"),
         """\
-there is no such file
-  where: PATH""",
+CM504: there is no such file
+  where: PATH
+  what to do: check the path""",
     )
     assert_expected_inline(
         message_of(tmp_path),
         """\
-the path is a directory
+CM501: the path is a directory
   where: PATH
   what to do: name a file in it""",
     )
@@ -68,8 +69,9 @@ the path is a directory
     assert_expected_inline(
         message_of(tmp_path / "empty.pt2"),
         """\
-the file is empty
-  where: PATH""",
+CM507: the file is empty
+  where: PATH
+  what to do: get another copy, or save it again""",
     )
 
 
@@ -78,7 +80,7 @@ def test_what_is_said_of_a_program_that_torch_saved(tmp_path):
     assert_expected_inline(
         message_of(tmp_path / "torch.pt2"),
         """\
-the file was written by torch.export.save(), not by compile_modes
+CM512: the file was written by torch.export.save(), not by compile_modes
   where: PATH
   what to do: load it by torch.export.load() and give the program to compile_modes.bind()""",
     )
@@ -171,7 +173,7 @@ def test_a_newer_format(path):
     assert_expected_inline(
         message_of(path),
         """\
-the file has format 2, written with torch 9.9.0; the newest known is 1
+CM518: the file has format 2, written with torch 9.9.0; the newest known is 1
   where: PATH
   what to do: upgrade compile_modes""",
     )

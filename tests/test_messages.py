@@ -127,7 +127,7 @@ def test_a_field_too_few_or_too_many_is_an_error():
 def test_entries_that_can_not_be(given, says):
     before = dict(messages.CATALOGUE)
     with pytest.raises(ValueError, match=says):
-        messages.Error(*given)
+        messages.Error(*given, raised=cm.BindError)
     assert before == messages.CATALOGUE
 
 

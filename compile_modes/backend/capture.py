@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 from compile_modes import _compat, messages
 from compile_modes._compat import FakeTensor, frames, kept, tracing
 from compile_modes._compat.kept import Treatment
+from compile_modes.graph.finding import sites
 from compile_modes.graph.functional import HIDDEN
-from compile_modes.graph.sites import sites
 
 _log = logging.getLogger(__name__)
 _RETURNS_INPUT = frozenset(

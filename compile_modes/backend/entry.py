@@ -20,9 +20,10 @@ from compile_modes.backend.unreached import watch, watch_for
 from compile_modes.errors import CaptureError
 from compile_modes.forms.lower import lower
 from compile_modes.forms.saved_reads import keyed
-from compile_modes.graph.bodies import origin
+from compile_modes.graph.finding import sites
 from compile_modes.graph.functional import is_kept
-from compile_modes.graph.sites import BOUND, Site, sites
+from compile_modes.graph.sites import BOUND, Site
+from compile_modes.graph.view import View
 
 _warned_modules: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
@@ -76,12 +77,12 @@ def pt2e_modes(
         if parsed.explicit:
             raise
         logs.left_to_stock(str(error))
-        messages.AS_IT_CAME.warn_once(error=error)
+        messages.AS_IT_CAME.warn_once(error=error.headline, where=error.where)
         return compile_fx(lower(gm, sites(gm)), example_inputs)
     if parsed.explicit:
         separate(captured)
-    found, names = sites(captured), Names.of_frame()
-    name_owners(captured, found, names)
+    names = Names.of_frame()
+    found = name_owners(View(captured), names)
     logs.graph("captured", captured)
     if not parsed.explicit:
         logs.modes(found, None)
@@ -140,7 +141,7 @@ def _refusal(site: Site, training: bool, outside: dict[Site, nn.Module]) -> str:
     why = site.refusal(training)
     if not why or not training or site.counter is None or site.step is not None or site.counter_at is not None:
         return why
-    running_mean = origin(site.body, site.read(site.op.stats[0]))
+    running_mean = site.body.view.origin(site.read(site.op.stats[0]))
     owner = frames.pin_owner(running_mean) if running_mean is not None and running_mean.op == "placeholder" else None
     if owner is None:
         return why

@@ -18,7 +18,8 @@ from compile_modes.backend.owners import Names, name_owners
 from compile_modes.errors import CaptureError
 from compile_modes.forms.lower import lower
 from compile_modes.graph.requests import check_overrides
-from compile_modes.graph.sites import Site, sites
+from compile_modes.graph.sites import Site
+from compile_modes.graph.view import View
 
 
 class ModePass(CustomGraphPass):
@@ -59,12 +60,12 @@ class ModePass(CustomGraphPass):
         except CaptureError as error:
             if explicit:
                 raise
-            messages.PASS_LEAVES_GRAPH.warn_once(error=error)
+            messages.PASS_LEAVES_GRAPH.warn_once(error=error.headline, where=error.where)
             return
         if explicit:
             separate(captured)
-        found, names = sites(captured), Names.of_frame()
-        name_owners(captured, found, names)
+        names = Names.of_frame()
+        found = name_owners(View(captured), names)
         if explicit:
             whole = frames.is_whole_frame(gm)
             put_into_modes(captured, found, names, self._training, self._overrides, whole=whole, refusal=_refusal)

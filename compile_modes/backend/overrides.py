@@ -64,7 +64,7 @@ def put_into_modes(
     if decided := decided_by_python(found, names, training, overrides):
         about = id(names.everything.get("")), training, *overrides.items()
         messages.DECIDED_IN_PYTHON.warn_once(*about, modules=", ".join(decided[:5]))
-    report = apply(captured, assign(found, training, overrides), refusal)
+    report = apply(assign(found, training, overrides), refusal)
     if report.refused:
         raise refused(report)
     logs.modes(found, report)

@@ -161,13 +161,13 @@ def _program(request: Request) -> dict[str, Any]:
     """The sites in the modes that are asked for."""
     refused = {site for site, _ in request.refused}
     found = [site if site in refused else replace(site, training=mode) for site, mode in request.modes.items()]
-    part = None if request.holder is request.root else request.name
-    return surveyed(request.root, found, part, {site.node for site in request.overridden - refused})
+    part = None if request.holder is request.view.root else request.name
+    return surveyed(request.view, found, part, {site.node for site in request.overridden - refused})
 
 
 def _after(request: Request, args: argparse.Namespace) -> str:
     asks = args.mode is not None or args.override
-    return graph_text(request.carried_out().module() if asks else request.root)
+    return graph_text(request.carried_out().module() if asks else request.view.root)
 
 
 def _as_text(report: dict[str, Any]) -> str:

@@ -45,6 +45,7 @@ def open_file(path: str) -> Opened:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ModeWarning)  # of binding; explain and bake say what is left of it
+            warnings.filterwarnings("default", messages.EXAMPLES_LEFT_OUT.code, ModeWarning)
             module = load(path)
     except ExportedFile:
         program = _exported(path)

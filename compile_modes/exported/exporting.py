@@ -12,11 +12,13 @@ from compile_modes.exported.binding import carry_out
 from compile_modes.exported.pairing import Pairing, pair
 from compile_modes.exported.planning import Plan, plan_binding
 from compile_modes.exported.provenance import Source, flags, set_flags
-from compile_modes.graph.bodies import hoist_constants, own
 from compile_modes.graph.cumulative import exportable
 from compile_modes.graph.dual import DualModule, share
+from compile_modes.graph.edits import hoist_constants, own
+from compile_modes.graph.finding import find, sites
 from compile_modes.graph.folding import fold
-from compile_modes.graph.sites import HARD_CODED, KEPT, Site, add_note, sites
+from compile_modes.graph.sites import HARD_CODED, KEPT, Site, add_note
+from compile_modes.graph.view import View
 
 
 def export(
@@ -101,7 +103,8 @@ def assemble(train: ExportedProgram, evaluation: ExportedProgram, modes: Mapping
 def _single(root: nn.Module, found: Pairing) -> nn.Module:
     """Binds the train program as the pairing says."""
     calls = [fold(region, body) for region, body in found.left_out]
-    by_node = {site.node: site for site in sites(root)}
+    view = View(root)
+    by_node = {site.node: site for site in find(view)}
     bindable = [by_node[node] for node in (*found.bound, *found.inverted, *calls)]
     for site in by_node.values():
         if site.step in found.kept_steps:  # counts in both modes: the model's own statement
@@ -109,16 +112,16 @@ def _single(root: nn.Module, found: Pairing) -> nn.Module:
             site.step = None
     odd = [by_node[node] for node in found.fixed]
     odd += [site for site in by_node.values() if site.region is not None]  # a mask that eval has as well
-    plan = _plan(bindable, odd, {by_node[node]: p for node, p in found.inverted.items()})
+    plan = _plan(view, bindable, odd, {by_node[node]: p for node, p in found.inverted.items()})
     plan.counting = [site for site in odd if site.step in found.left_out_steps]
-    carry_out(plan, root)
+    carry_out(plan)
     return root
 
 
-def _plan(bindable: list[Site], odd: list[Site], inverted: Mapping[Site, float | None]) -> Plan:
+def _plan(view: View, bindable: list[Site], odd: list[Site], inverted: Mapping[Site, float | None]) -> Plan:
     modes = {site.owner: True for site in bindable}
     supplied = {site: p for site, p in inverted.items() if p is not None}
-    return Plan(True, True, modes, bindable, [], odd, set(), supplied=supplied, inverted=set(inverted))
+    return Plan(view, True, True, modes, bindable, [], odd, set(), supplied=supplied, inverted=set(inverted))
 
 
 def _dual(train: Any, evaluation: Any, difference: str) -> DualModule:
@@ -128,12 +131,11 @@ def _dual(train: Any, evaluation: Any, difference: str) -> DualModule:
             if site.training is (not mode):  # all flags had the program's mode, so this is no flag
                 add_note(site.node, mode=HARD_CODED)
     lost = _compare_by_owner(train, evaluation)
-    carry_out(plan_binding(train, ()), train)
+    carry_out(plan_binding(View(train), ()))
     for root in (train, evaluation):
         hoist_constants(root)
     share(train, evaluation)
-    plan = plan_binding(evaluation, (), lost)
-    carry_out(plan, evaluation)
+    carry_out(plan_binding(View(evaluation), (), lost))
     return DualModule(train, evaluation, difference)
 
 

@@ -23,9 +23,10 @@ from torch.export.graph_signature import (
 
 from compile_modes import _compat, messages
 from compile_modes._compat import pt2, tracing
-from compile_modes.graph.bodies import OWNED, Body, attribute, bodies, own
 from compile_modes.graph.cumulative import CUMULATIVE_BATCH_NORM, cumulative_batch_norm
+from compile_modes.graph.edits import OWNED, own
 from compile_modes.graph.ops import lookup
+from compile_modes.graph.view import Body, View, attribute
 
 _MUTATIONS = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION, OutputKind.USER_INPUT_MUTATION)
 
@@ -197,7 +198,7 @@ def _layout(value: Any) -> Any:
 
 def spelled_out(program: ExportedProgram) -> ExportedProgram:
     """A program without this package's own operator; the program itself if it has none."""
-    if not any(_calls(body) for body in bodies(program.graph_module)):
+    if not any(_calls(body) for body in View(program.graph_module).bodies):
         return program
     root = program.module()
     own(root)
@@ -207,7 +208,7 @@ def spelled_out(program: ExportedProgram) -> ExportedProgram:
 
 def spell_out(root: nn.Module) -> None:
     """Puts what it computes, in ATen, into the place of each call of this package's operator."""
-    for body in bodies(root):
+    for body in View(root).bodies:
         nodes = _calls(body)
         for node in nodes:
             _replace(node)

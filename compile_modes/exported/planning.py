@@ -9,11 +9,13 @@ from torch import fx, nn
 
 from compile_modes import _compat, messages
 from compile_modes.errors import ModeWarning
-from compile_modes.graph.bodies import bodies, is_batch_norm, module_path
 from compile_modes.graph.explain import overriding, reused
+from compile_modes.graph.finding import find
+from compile_modes.graph.owners import is_batch_norm
 from compile_modes.graph.regions import regions, samplers
 from compile_modes.graph.requests import check_probabilities, no_match, owner_matches
-from compile_modes.graph.sites import KEPT, Site, note, sites
+from compile_modes.graph.sites import KEPT, Site, note
+from compile_modes.graph.view import View
 
 
 @dataclass
@@ -21,6 +23,7 @@ class Plan:
     """What :func:`bind` is about to do.
 
     Attributes:
+        view: the graphs.
         first: whether nothing is bound yet, so that the flags are still to be set.
         program: the mode that most of the program is in.
         modes: the mode of each owner.
@@ -35,6 +38,7 @@ class Plan:
         supplied: probabilities that the export has lost and the caller knows.
     """
 
+    view: View
     first: bool
     program: bool
     modes: dict[str, bool]
@@ -51,27 +55,28 @@ class Plan:
 
 
 def plan_binding(
-    root: nn.Module, keep: Sequence[str], dropout_p: Mapping[str, float] | None = None, gone: Sequence[str] = ()
+    view: View, keep: Sequence[str], dropout_p: Mapping[str, float] | None = None, gone: Sequence[str] = ()
 ) -> Plan:
     keep = (keep,) if isinstance(keep, str) else keep
-    found = sites(root)
-    drawn = _unclear(root)
-    kept = _kept(found, keep, {*gone, *(module_path(node) for node in drawn)})
+    found = find(view)
+    drawn = _unclear(view)
+    kept = _kept(found, keep, {*gone, *(view.owner[node] for node in drawn)})
     was_inverted = {site for site in found if note(site.node).get("inverted") and not site.bound}
     modes, chosen, odd = _choose([site for site in found if site not in kept])
     supplied = _supplied(found, dropout_p)
-    stuck = [(s, why) for s in chosen if s not in supplied and (why := s.refusal(not s.training))]
-    bindable = [s for s in chosen if s in supplied or not s.refusal(not s.training)]
-    _check_names(root, {site.owner for site in bindable})
+    refused = {s: why for s in chosen if s not in supplied and (why := s.refusal(not s.training))}
+    bindable = [s for s in chosen if s not in refused]
+    _check_names(view.root, {site.owner for site in bindable})
     first = bool(modes) and not any(site.bound for site in found)
     fused = [f"{site.owner}.*" for site in found if site.op.inference]  # the site says what they have lost
-    unclear = [n for n in drawn if any(modes.values()) and not _matches_any(module_path(n), keep)]
+    unclear = [n for n in drawn if any(modes.values()) and not _matches_any(view.owner[n], keep)]
     return Plan(
+        view,
         first,
         any(modes.values()),
         modes,
         bindable,
-        stuck,
+        list(refused.items()),
         odd,
         kept,
         unclear,
@@ -99,11 +104,11 @@ def _matches_any(owner: str, patterns: Sequence[str]) -> bool:
     return any(owner_matches(owner, pattern) for pattern in patterns)
 
 
-def _unclear(root: nn.Module) -> list[fx.Node]:
+def _unclear(view: View) -> list[fx.Node]:
     """Random numbers that are not all that their module is for: an eval export may lack them, or not."""
     found: list[fx.Node] = []
     clear: set[fx.Node] = set()
-    for body in bodies(root):  # callers first
+    for body in view.bodies:  # callers first
         if body.caller in clear:
             clear.update(body.graph.nodes)
         elif not body.gated:
@@ -140,9 +145,10 @@ def _choose(found: list[Site]) -> tuple[dict[str, bool], list[Site], list[Site]]
     for owner, own_votes in votes.items():
         modes.setdefault(owner, _majority(own_votes, program))
     # A mask in an eval program is there in both modes.
-    always = [s for s in candidates if s.region is not None and not program]
+    always = {s for s in candidates if s.region is not None and not program}
     chosen = [s for s in candidates if modes.setdefault(s.owner, program) is _flag(s) and s not in always]
-    odd = [s for s in candidates if s not in chosen and (s.op.flag is not None or s.training)]
+    at_odds = {*candidates} - {*chosen}
+    odd = [s for s in candidates if s in at_odds and (s.op.flag is not None or s.training)]
     # Attention whose p is 0 while its owner trains had no dropout: there is nothing to bind.
     return modes, [s for s in chosen if s.op.flag is not None or s.training or not program], odd
 
@@ -185,7 +191,7 @@ def _overriding(plan: Plan) -> ModeWarning | None:
 def _unsaid(plan: Plan) -> ModeWarning | None:
     if not plan.unclear:
         return None
-    owners = sorted({repr(module_path(node)) for node in plan.unclear})
+    owners = sorted({repr(plan.view.owner[node]) for node in plan.unclear})
     return messages.RANDOM_IN_BOTH.warning(owners=", ".join(owners[:5]))
 
 

@@ -18,13 +18,15 @@ from compile_modes.exported.exporting import assemble
 from compile_modes.exported.lifting import relift, spell_out, spelled_out
 from compile_modes.exported.planning import Plan
 from compile_modes.exported.provenance import Source, flags, set_flags
-from compile_modes.graph.bodies import bodies, own
 from compile_modes.graph.dual import DualModule
+from compile_modes.graph.edits import own
 from compile_modes.graph.explain import overriding
+from compile_modes.graph.finding import find
 from compile_modes.graph.flags import mode_of
 from compile_modes.graph.requests import check_overrides
 from compile_modes.graph.rewrite import assign
-from compile_modes.graph.sites import Site, sites
+from compile_modes.graph.sites import Site
+from compile_modes.graph.view import View
 
 
 @dataclass
@@ -32,9 +34,9 @@ class Request:
     """A program, and the modes that are asked of it. What was given is not edited.
 
     Attributes:
-        root: a module of its own, bound.
+        view: the graphs of a module of its own, bound.
         program: the program that it was made from, with the present values of its state.
-        holder: the module whose flags the sites read: ``root``, or the two-program module around it.
+        holder: the module whose flags the sites read: that module, or the two-program module around it.
         name: how ``program`` is called among those that the module was made from.
         plan: how it was bound; None if two exports decided that.
         remarks: what else binding would warn of.
@@ -45,7 +47,7 @@ class Request:
         complaints: what else isn't, or may not be, in the mode that is asked for. If none is: in the other mode.
     """
 
-    root: nn.Module
+    view: View
     program: ExportedProgram
     holder: nn.Module
     name: str = "model"
@@ -64,17 +66,18 @@ class Request:
         return [s for s, mode in self.modes.items() if mode is not s.training and not s.modeless and s not in refused]
 
     def carried_out(self) -> ExportedProgram:
-        """The program in these modes. To be called once: it edits ``root``."""
+        """The program in these modes. To be called once: it edits the module."""
         if self.exact is not None:
             return spelled_out(self.exact)
         changed = self.changed
         if not changed:
             return spelled_out(self.program)
         attention = [site.node for site in changed if site.op.family == "attention"]
-        own(self.root)
-        write_back(self.root, {s: bool(mode) for s, mode in self.modes.items() if s.bound or s in changed})
-        spell_out(self.root)
-        return _in_dialect_of(self.program, relift(self.root, self.program, attention))
+        root = self.view.root
+        own(root)
+        write_back(self.view, {s: bool(mode) for s, mode in self.modes.items() if s.bound or s in changed})
+        spell_out(root)
+        return _in_dialect_of(self.program, relift(root, self.program, attention))
 
 
 def baked(
@@ -134,7 +137,7 @@ def prepare(
         request, present = _one(module, (), None), None
     else:
         request, present = _stored(module, training), flags(module)
-    found = sites(request.root)
+    found = find(request.view)
     if present is not None:
         set_flags(request.holder, present)
     if training is not None:
@@ -152,7 +155,7 @@ def prepare(
 
 def _one(program: ExportedProgram, keep: Sequence[str], dropout_p: Mapping[str, float] | None) -> Request:
     root, plan, remarks = bind_root(program, keep, dropout_p)
-    return Request(root, program, root, plan=plan, remarks=remarks)
+    return Request(View(root), program, root, plan=plan, remarks=remarks)
 
 
 def _stored(module: nn.Module, training: bool | None) -> Request:
@@ -169,8 +172,8 @@ def _stored(module: nn.Module, training: bool | None) -> Request:
     exact = stored["train" if mode else "eval"]
     holder = assemble(stored["train"], stored["eval"], {})
     if isinstance(holder, DualModule):
-        return Request(holder.train(mode).program(mode), exact, holder, "train" if mode else "eval", exact=exact)
-    return Request(holder.train(), stored["train"], holder, "train", exact=exact)
+        return Request(View(holder.train(mode).program(mode)), exact, holder, "train" if mode else "eval", exact=exact)
+    return Request(View(holder.train()), stored["train"], holder, "train", exact=exact)
 
 
 def _with_state_of(module: nn.Module, program: ExportedProgram) -> ExportedProgram:
@@ -206,9 +209,11 @@ def _complaints(request: Request, training: bool | None) -> list[ModeWarning]:
         stuck = [(s, why) for s, why in planned if s.training is not training and s.node not in named]
         computed = [s for s in modes if s.training is None and not s.modeless and s not in request.overridden]
         stuck += [(s, s.refusal(training)) for s in computed]
-    program = plan.program if plan is not None else bool(request.root.training)
+    program = plan.program if plan is not None else bool(request.view.root.training)
     unclear = plan.unclear if plan is not None and calming else []
-    concerned = Plan(False, program, {}, waking, stuck, [], set(), unclear=unclear, overriding=overriding(waking))
+    concerned = Plan(
+        request.view, False, program, {}, waking, stuck, [], set(), unclear=unclear, overriding=overriding(waking)
+    )
     same = plan is not None and bool(plan.modes) and plan.program is training and not request.changed
     return [*planning.complaints(concerned), *([] if same else request.remarks)]
 
@@ -224,4 +229,4 @@ def _in_dialect_of(program: ExportedProgram, lifted: ExportedProgram) -> Exporte
 
 
 def _targets(program: ExportedProgram) -> set[Any]:
-    return {node.target for body in bodies(program.graph_module) for node in body.graph.nodes}
+    return {node.target for node in View(program.graph_module).nodes()}

@@ -6,8 +6,8 @@ from typing import Any
 from torch import nn
 from torch.export import ExportedProgram
 
-from compile_modes.graph.bodies import bodies
 from compile_modes.graph.dual import DualModule
+from compile_modes.graph.view import View
 
 _KEY = "compile_modes_source"
 
@@ -58,4 +58,4 @@ def set_flags(module: nn.Module, modes: Mapping[str, bool]) -> None:
 
 def _code(module: nn.Module) -> list[str]:
     roots = [module.program(mode) for mode in (True, False)] if isinstance(module, DualModule) else [module]
-    return [str(body.graph) for root in roots for body in bodies(root)]
+    return [str(body.graph) for root in roots for body in View(root).bodies]

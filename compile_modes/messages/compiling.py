@@ -33,6 +33,7 @@ AS_IT_CAME = Warn(
     "CM411",
     "pt2e_modes hands a graph to Inductor as it came.\n{error}",
     "nothing, where the flags of the modules are all that decides: it compiles as stock Inductor compiles it",
+    where="{where}",
 )
 INDUCTOR_FAILED = Warn(
     "CM412",
@@ -49,6 +50,7 @@ PASS_LEAVES_GRAPH = Warn(
     "CM414",
     "ModePass leaves a graph as it came.\n{error}",
     "nothing, where the flags of the modules are all that decides: it compiles as stock Inductor compiles it",
+    where="{where}",
 )
 RNN_DROPOUT_LOST = Warn(
     "CM415",

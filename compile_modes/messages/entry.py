@@ -6,7 +6,8 @@ import re
 import string
 import sys
 import warnings
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -27,7 +28,7 @@ _BETWEEN = (contextlib.__file__, "<eval_with_key>")
 
 
 @dataclass(frozen=True)
-class Message:
+class Message(ABC):
     """One entry of the catalogue. Its texts are templates, filled by :meth:`str.format` with named fields.
 
     Attributes:
@@ -52,9 +53,9 @@ class Message:
         CATALOGUE[self.code] = self
 
     @property
+    @abstractmethod
     def kind(self) -> str:
         """What the entry is for: the name of an error type, "ModeWarning", "reason" or "remark"."""
-        raise NotImplementedError
 
     @property
     def fields(self) -> frozenset[str]:
@@ -73,7 +74,7 @@ class Message:
 class Error(Message, Generic[_E]):
     """An entry that is raised, as an exception of type ``raised``."""
 
-    raised: type[_E] = CompileModesError  # type: ignore[assignment]
+    raised: type[_E] = field(kw_only=True)
 
     @property
     def kind(self) -> str:
