@@ -30,6 +30,8 @@ from compile_modes.graph.finding import sites
 from compile_modes.graph.rewrite import Report, set_mode
 from compile_modes.graph.sites import Site
 
+__version__ = "0.1.0"  # the only place; packaging reads it from here
+
 __all__ = [
     "ArchiveError",
     "BindError",

@@ -9,6 +9,7 @@ from compile_modes._compat import frames
 from compile_modes.backend.owners import Names
 from compile_modes.errors import OverrideError
 from compile_modes.graph.folding import unfold_literals
+from compile_modes.graph.ops import LOST_DROPOUT
 from compile_modes.graph.requests import MODES, no_match, owner_matches
 from compile_modes.graph.rewrite import Report, apply, assign
 from compile_modes.graph.sites import Site, add_note
@@ -178,7 +179,7 @@ def check_recurrent(names: Names, training: bool | None, overrides: Mapping[str,
 
 def refused(report: Report) -> OverrideError:
     """The error for sites that can't be put into the mode that was asked for."""
-    lost = sorted({site.owner for site, _ in report.refused if site.lacks_p and not site.op.inference})
+    lost = sorted({s.owner for s, _ in report.refused if s.lacks_p and (s.op is LOST_DROPOUT or not s.op.refusal)})
     first = report.refused[0][0]
     example = f"{{{first.owner!r}: {'train' if first.training else 'eval'!r}}}"
     lines = [f"  {site}: {why}" for site, why in report.refused]

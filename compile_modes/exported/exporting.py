@@ -35,7 +35,9 @@ def export(
     Args:
         model: the eager module. Parameters and buffers are shared with the result, not copied. Its modes stay as they
             are, and the result starts with them, submodule by submodule.
-        args, kwargs, dynamic_shapes: as for ``torch.export.export``.
+        args: as for ``torch.export.export``.
+        kwargs: the same.
+        dynamic_shapes: the same; they hold for both programs.
 
     Returns:
         A module with the submodules, ``state_dict`` and modes of ``model``.

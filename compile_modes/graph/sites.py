@@ -78,7 +78,8 @@ class Site:
     def lacks_p(self) -> bool:
         """Whether Python may have chosen a probability of 0 for eval, as it does for attention; modules keep theirs."""
         named = issubclass(module_class(self.node) or object, _compat.DROPOUT)
-        return not self.p and (self.op.flag is None or (self.op.family == "dropout" and not named))
+        has_p = self.op.family in ("attention", "dropout")
+        return has_p and not self.p and (self.op.flag is None or not named)
 
     @property
     def literals(self) -> dict[str, Any]:

@@ -180,6 +180,12 @@ def test_spectral_norm_exported_in_eval_is_refused(build):
     assert [site.op.family for site, _ in report.refused] == ["spectral_norm"]
 
 
+@pytest.mark.parametrize("build", [hooked, parametrized])
+def test_no_dropout_can_be_supplied_to_spectral_norm(build):
+    with pytest.raises(cm.OverrideError, match="matches no attention or functional dropout site"):
+        cm.bind(torch.export.export(build().eval(), (X,)), dropout_p={"*": 0.1})
+
+
 @pytest.mark.usefixtures("no_inductor")
 def test_a_power_iteration_that_cannot_be_taken_out_is_an_error():
     compiled = torch.compile(parametrized(), backend="pt2e_modes", options={"training": False})
