@@ -12,6 +12,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from compile_modes._compat import pt2
+from compile_modes.archive import programs as archive
 from compile_modes.archive.container import ExportedFile, Sink, replacing
 from compile_modes.errors import ArchiveError, ModeWarning
 from compile_modes.exported.provenance import Source
@@ -94,8 +95,10 @@ def write_program(program: ExportedProgram, path: str) -> None:
     """Writes a program with torch.export.save(); the file appears whole or not at all, in place of one that is there.
 
     Raises:
-        ArchiveError: the file can't be written, or torch can't serialize the program.
+        ArchiveError: the file can't be written, or torch can't serialize the program, or not so that it could be read
+            back.
     """
+    archive.to_bytes("model", program)  # ahead of the file: what it raises says why
     try:
         with replacing(path) as stream:
             _save(program, stream)
@@ -106,7 +109,7 @@ def write_program(program: ExportedProgram, path: str) -> None:
 def _save(program: ExportedProgram, stream: Any) -> None:
     sink: Any = Sink(stream)
     try:
-        torch.export.save(program, sink)
+        torch.export.save(pt2.readable(program), sink)
     except Exception as error:  # torch raises whatever its serializer comes across
         reason = f"{type(error).__name__}: {_first_line(error)}"
         raise ArchiveError(f"torch can't serialize the program: {reason}") from error
