@@ -15,10 +15,10 @@ from compile_modes.exported.lost import left_nothing, remark, remark_nothing
 from compile_modes.exported.provenance import Source
 from compile_modes.exported.recompose import recompose
 from compile_modes.graph import calls
+from compile_modes.graph.aliases import REUSED, reused
 from compile_modes.graph.bodies import Body, attribute, bodies, join, own
 from compile_modes.graph.dual import DualModule
 from compile_modes.graph.edits import attr_node, insert_dropout, insert_step, loosen_views, set_argument
-from compile_modes.graph.explain import reused
 from compile_modes.graph.flags import CELL
 from compile_modes.graph.rewrite import make_one_node
 from compile_modes.graph.sites import BOUND, HARD_CODED, KEPT, Site, add_note, graph_root
@@ -107,7 +107,7 @@ def carry_out(plan: planning.Plan, root: nn.Module) -> None:
     for site in plan.bindable:
         root.get_submodule(site.owner).training = plan.modes[site.owner]
         if reused(site):
-            add_note(site.node, reused=True)
+            add_note(site.node, **{REUSED: True})
     for site in plan.odd:
         add_note(site.node, mode=HARD_CODED)
     for site in plan.kept:

@@ -9,8 +9,9 @@ from torch import fx, nn
 
 from compile_modes import _compat
 from compile_modes.errors import BindError, OptionError
+from compile_modes.graph.aliases import reused
 from compile_modes.graph.bodies import bodies, is_batch_norm, module_path
-from compile_modes.graph.explain import overriding, reused
+from compile_modes.graph.explain import overriding
 from compile_modes.graph.regions import regions, samplers
 from compile_modes.graph.requests import check_probabilities, no_match, owner_matches
 from compile_modes.graph.sites import KEPT, Site, note, sites
