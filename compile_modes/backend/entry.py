@@ -1,7 +1,7 @@
 """The backend ``pt2e_modes``: capture before autograd, put every site into its mode, hand over to Inductor."""
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -88,24 +88,12 @@ def pt2e_modes(
         logs.modes(found, None)
         _warn_kept(found)
         return _compile_either(compile_fx, lower(captured, found), gm, example_inputs)
-    whole = frames.is_whole_frame(gm)
-    watch(parsed.training, parsed.overrides, (site.owner for site in found), whole=whole)
-    outside: dict[Site, nn.Module] = {}  # batch norms whose counter the graph can't reach
-    changed = put_into_modes(
-        captured,
-        found,
-        names,
-        parsed.training,
-        parsed.overrides,
-        parsed.dropout_p,
-        whole=whole,
-        refusal=lambda site, training: _refusal(site, training, outside),
-    )
-    captured = lower(captured, found)
-    logs.graph("rewritten", captured)
-    compiled = compile_fx(captured, example_inputs)
-    advanced = [weakref.ref(outside[site]) for site in changed if site in outside]
-    return _advancing(compiled, advanced) if advanced else compiled
+    whole, asked = frames.is_whole_frame(gm), (parsed.training, parsed.overrides)
+    watch(*asked, (site.owner for site in found), whole=whole)
+    decision = put_into_modes(captured, found, names, *asked, parsed.dropout_p, whole=whole, refusal=_refusal)
+    lowered = lower(captured, found)
+    logs.graph("rewritten", lowered)
+    return _advancing(compile_fx(lowered, example_inputs), decision.outside.values())
 
 
 def _at_compilation(_: Any) -> None:
@@ -151,15 +139,18 @@ def _refusal(site: Site, training: bool, outside: dict[Site, nn.Module]) -> str:
     return site.refusal(training)
 
 
-def _advancing(compiled: Callable[..., Any], owners: list["weakref.ref[nn.Module]"]) -> Callable[..., Any]:
+def _advancing(compiled: Callable[..., Any], owners: Iterable[nn.Module]) -> Callable[..., Any]:
+    """Has the counters of these batch norms advance with each call."""
+    references = [weakref.ref(owner) for owner in owners]
+
     def run(*args: Any) -> Any:
-        for owner in owners:
-            module = owner()
+        for reference in references:
+            module = reference()
             assert module is not None, "Dynamo's guards keep calls of dead modules away"
             module.num_batches_tracked.add_(1)  # type: ignore[operator]
         return compiled(*args)
 
-    return run
+    return run if references else compiled
 
 
 def _warn_kept(found: Sequence[Site]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from compile_modes import _compat, messages
 from compile_modes._compat import frames
@@ -99,7 +99,7 @@ def _retraced(gm: fx.GraphModule) -> fx.GraphModule:
     return capture(gm, inputs)
 
 
-def _refusal(site: Site, training: bool) -> str:
+def _refusal(site: Site, training: bool, _: dict[Site, nn.Module]) -> str:
     why = site.refusal(training)
     if why and training and site.counter is not None and site.step is None and site.counter_at is None:
         return messages.OUT_OF_PASS.reason(why=messages.parted(why)[1])

@@ -44,6 +44,7 @@ class Site:
         counter: attribute path of the ``num_batches_tracked`` that eager advances beside it in train, if any.
         step: the node that advances the counter.
         counter_at: without a step, where one could stand.
+        given_p: the probability in train mode, from someone who knows what the graph has lost.
     """
 
     node: fx.Node
@@ -59,6 +60,7 @@ class Site:
     counter: str | None = None
     step: fx.Node | None = None
     counter_at: Reach | None = None
+    given_p: float | None = None
 
     def read(self, name: str) -> Any:
         """The operand for argument ``name`` of the op's schema."""
@@ -67,6 +69,8 @@ class Site:
     @property
     def p(self) -> float | None:
         """Probability in train mode; None if the op has none or the graph has lost it."""
+        if self.given_p is not None:
+            return self.given_p
         if self.op.p is None:
             return note(self.node).get("p") if self.op is LOST_DROPOUT else None
         value: float | None = self.read(self.op.p)
