@@ -7,8 +7,7 @@ from expecttest import assert_expected_inline
 
 import compile_modes as cm
 from compile_modes import console
-
-from nets import Small  # isort: skip
+from nets import Small
 
 ROWS = [("aten.dropout", "a[red]b"), ("c", ":smile: " + "x" * 200)]
 

@@ -3,8 +3,7 @@ import torch
 from expecttest import assert_expected_inline
 
 import compile_modes as cm
-
-from nets import IMAGE, ConvNet  # isort: skip
+from nets import IMAGE, ConvNet
 
 
 def test_what_bind_says_of_an_eager_module():
