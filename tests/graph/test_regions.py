@@ -172,7 +172,7 @@ return (v3)""",
 @pytest.mark.parametrize("build", [hooked, parametrized])
 def test_spectral_norm_exported_in_eval_is_refused(build):
     program = torch.export.export(build().eval(), (X,))
-    assert "not to train: spectral norm's power iteration is not in an eval export" in cm.explain(program)
+    assert "not to train (CM705): spectral norm's power iteration is not in an eval export" in cm.explain(program)
     with pytest.warns(cm.ModeWarning, match="power iteration is not in an eval export"):
         bound = cm.bind(program)
     assert not any(site.bound for site in cm.sites(bound) if site.op.family == "spectral_norm")
