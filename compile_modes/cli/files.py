@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 
 from compile_modes import messages
 from compile_modes._compat import pt2
+from compile_modes.archive import programs as archive
 from compile_modes.archive.container import Sink, replacing
 from compile_modes.errors import ExportedFile, ModeWarning
 from compile_modes.exported.provenance import Source
@@ -91,8 +92,10 @@ def write_program(program: ExportedProgram, path: str) -> None:
     """Writes a program with torch.export.save(); the file appears whole or not at all, in place of one that is there.
 
     Raises:
-        ArchiveError: the file can't be written, or torch can't serialize the program.
+        ArchiveError: the file can't be written, or torch can't serialize the program, or not so that it could be read
+            back.
     """
+    archive.to_bytes("model", program)  # ahead of the file: what it raises says why
     try:
         with replacing(path) as stream:
             _save(program, stream)
@@ -103,7 +106,7 @@ def write_program(program: ExportedProgram, path: str) -> None:
 def _save(program: ExportedProgram, stream: Any) -> None:
     sink: Any = Sink(stream)
     try:
-        torch.export.save(program, sink)
+        torch.export.save(pt2.readable(program), sink)
     except Exception as error:  # torch raises whatever its serializer comes across
         reason = f"{type(error).__name__}: {_first_line(error)}"
         raise messages.NOT_SERIALIZED.error(error=reason, where="") from error

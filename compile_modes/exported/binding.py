@@ -14,9 +14,9 @@ from compile_modes.exported.lost import left_nothing, remark, remark_nothing
 from compile_modes.exported.provenance import Source
 from compile_modes.exported.recompose import recompose
 from compile_modes.graph import calls
+from compile_modes.graph.aliases import REUSED, reused
 from compile_modes.graph.dual import DualModule
 from compile_modes.graph.edits import attr_node, insert_dropout, insert_step, loosen_views, own, set_argument
-from compile_modes.graph.explain import reused
 from compile_modes.graph.finding import graph_root
 from compile_modes.graph.flags import CELL
 from compile_modes.graph.owners import join
@@ -110,7 +110,7 @@ def carry_out(plan: planning.Plan) -> None:
     for site in plan.bindable:
         root.get_submodule(site.owner).training = plan.modes[site.owner]
         if reused(site):
-            add_note(site.node, reused=True)
+            add_note(site.node, **{REUSED: True})
     for site in plan.odd:
         add_note(site.node, mode=HARD_CODED)
     for site in plan.kept:

@@ -9,6 +9,7 @@ from torch.export import ExportedProgram
 
 from compile_modes import _compat, messages
 from compile_modes.exported.binding import carry_out
+from compile_modes.exported.faithful import faithful, settled
 from compile_modes.exported.pairing import Pairing, pair
 from compile_modes.exported.planning import Plan, plan_binding
 from compile_modes.exported.provenance import Source, flags, set_flags
@@ -79,13 +80,15 @@ def _export(model: nn.Module, training: bool, args: Any, kwargs: Any, dynamic_sh
     hooks = dict(_compat.BUFFER_HOOKS)
     try:
         kwargs = dict(kwargs) if kwargs is not None else None
-        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+        with faithful():
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:  # whatever the model, or export on its account, raises
         for leaked in _compat.BUFFER_HOOKS.keys() - hooks.keys():
             del _compat.BUFFER_HOOKS[leaked]
         first_line = (str(error).splitlines() or [""])[0]
         said, mode = f"{type(error).__name__}: {first_line}", "train" if training else "eval"
         raise messages.EXPORT_FAILED.error(mode=mode, error=said, kind=type(model).__name__) from error
+    return settled(program)
 
 
 def assemble(train: ExportedProgram, evaluation: ExportedProgram, modes: Mapping[str, bool]) -> nn.Module:

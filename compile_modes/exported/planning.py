@@ -9,7 +9,8 @@ from torch import fx, nn
 
 from compile_modes import _compat, messages
 from compile_modes.errors import ModeWarning
-from compile_modes.graph.explain import overriding, reused
+from compile_modes.graph.aliases import reused
+from compile_modes.graph.explain import overriding
 from compile_modes.graph.finding import find
 from compile_modes.graph.owners import is_batch_norm
 from compile_modes.graph.regions import regions, samplers

@@ -8,6 +8,7 @@ from torch import fx, nn
 from torch._ops import OpOverload
 
 from compile_modes import _compat, console, messages
+from compile_modes.graph.aliases import reused
 from compile_modes.graph.dual import DualModule
 from compile_modes.graph.finding import find, graph_root
 from compile_modes.graph.flags import is_flag
@@ -90,12 +91,6 @@ def as_text(survey: Mapping[str, Any]) -> str:
     if survey["difference"] is not None:
         parts.insert(0, f"two programs, which differ in {survey['difference']}")
     return "\n\n".join(parts)
-
-
-def reused(site: Site) -> bool:
-    """Whether users of a dropout exported in eval may have been users of its input: the two are one tensor there."""
-    first = site.op.family == "dropout" and site.training is False and not site.bound and len(site.node.users) > 1
-    return first or bool(note(site.node).get("reused"))
 
 
 def overriding(found: Iterable[Site]) -> list[str]:

@@ -23,3 +23,10 @@ EXPORT_FAILED = Error(
     where="{kind}",
     raised=ExportError,
 )
+LOST_REGION = Error(
+    "CM304",
+    "torch.export has lost a region: {node} would run with gradients {ours}, which eager has {eager}",
+    "move the no_grad() or enable_grad() out of the regions around it",
+    where="{node} (owner {owner!r})",
+    raised=ExportError,
+)

@@ -229,6 +229,13 @@ EDITED_SINCE = Error(
     where="{file}",
     raised=ArchiveError,
 )
+NOT_READ_BACK = Error(
+    "CM546",
+    "torch could not read the program back, so nothing was written: {error}",
+    "torch.export.load() can't read what torch.export.save() makes of it either: report it to torch",
+    where="{where}",
+    raised=ArchiveError,
+)
 EXAMPLES_LEFT_OUT = Warn(
     "CM560",
     "the example inputs of program {name!r} were left out: {error}",
