@@ -5,6 +5,7 @@ from compile_modes.backend.warmup import warmup
 from compile_modes.errors import (
     ArchiveError,
     BindError,
+    CallError,
     CaptureError,
     CompileModesError,
     ExportError,
@@ -32,6 +33,7 @@ from compile_modes.graph.sites import Site, sites
 __all__ = [
     "ArchiveError",
     "BindError",
+    "CallError",
     "CaptureError",
     "CompileModesError",
     "ExportError",

@@ -11,6 +11,7 @@ from torch import fx, nn
 from compile_modes import _compat
 from compile_modes.errors import BindError, CompileModesError, ModeWarning
 from compile_modes.exported import planning
+from compile_modes.exported.arguments import take_names
 from compile_modes.exported.lost import left_nothing, remark, remark_nothing
 from compile_modes.exported.provenance import Source
 from compile_modes.exported.recompose import recompose
@@ -88,6 +89,7 @@ def bind_root(
     if own(root):
         plan = planning.plan_binding(root, keep, dropout_p, gone)
     carry_out(plan, root)
+    take_names(root)
     trains = any(plan.modes.values()) or any(site.training for site in plan.kept)
     if recomposed.decomposed:
         remarks = remark(root, program, trains)
