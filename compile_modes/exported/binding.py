@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from compile_modes import _compat
+from compile_modes._compat import copies
 from compile_modes.errors import BindError, CompileModesError, ModeWarning
 from compile_modes.exported import planning
 from compile_modes.exported.arguments import take_names
@@ -122,6 +123,8 @@ def carry_out(plan: planning.Plan, root: nn.Module) -> None:
     for module in [root, *(body.module for body in bodies(root))]:
         module.__dict__.pop("train", None)  # the methods by which export forbids what now works
         module.__dict__.pop("eval", None)
+    if isinstance(root, fx.GraphModule):
+        copies.copy_compiled(root)
     for module in edited:
         _compat.refresh(module)
 

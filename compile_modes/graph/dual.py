@@ -8,6 +8,8 @@ from typing import Any, cast
 
 from torch import fx, nn
 
+from compile_modes._compat.copies import Copying
+
 
 class DualModule(nn.Module):
     """The train and the eval program of one model, with one set of submodules, parameters and buffers.
@@ -55,12 +57,16 @@ class DualModule(nn.Module):
             for program in self.__dict__.get("_programs", {}).values():
                 program.training = value
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "DualModule":
+    def _copied(self, memo: dict[int, Any]) -> "DualModule":
         copied: DualModule = nn.Module.__new__(type(self))
         memo[id(self)] = copied
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        state = {name: value for name, value in self.__dict__.items() if name != "_compiled_call_impl"}
+        copied.__dict__.update(copy.deepcopy(state, memo))
+        copied._compiled_call_impl = None
         copied._link()
         return copied
+
+    __deepcopy__ = Copying(_copied)
 
     def _link(self) -> None:
         """Lets the programs have this module's submodules and state, also when those are replaced later."""
