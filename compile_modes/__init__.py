@@ -5,6 +5,7 @@ from compile_modes.backend.warmup import warmup
 from compile_modes.errors import (
     ArchiveError,
     BindError,
+    CallError,
     CaptureError,
     CompileModesError,
     ExportError,
@@ -35,6 +36,7 @@ __version__ = "0.1.0"  # the only place; packaging reads it from here
 __all__ = [
     "ArchiveError",
     "BindError",
+    "CallError",
     "CaptureError",
     "CompileModesError",
     "ExportError",

@@ -63,6 +63,10 @@ class OverrideError(CompileModesError):
     """An explicit request for a mode matches no site, or a site that cannot be put into that mode."""
 
 
+class CallError(CompileModesError, TypeError):
+    """A call of a module with modes has other arguments than the program was exported with."""
+
+
 class CaptureError(CompileModesError):
     """The Dynamo graph could not be retraced to a pre-autograd ATen graph."""
 

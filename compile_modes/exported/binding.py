@@ -8,8 +8,10 @@ import torch
 from torch import fx, nn
 
 from compile_modes import _compat, messages
+from compile_modes._compat import copies
 from compile_modes.errors import CompileModesError, ModeWarning
 from compile_modes.exported import planning
+from compile_modes.exported.arguments import take_names
 from compile_modes.exported.lost import left_nothing, remark, remark_nothing
 from compile_modes.exported.provenance import Source
 from compile_modes.exported.recompose import recompose
@@ -90,6 +92,7 @@ def bind_root(
     if own(root):
         plan = planning.plan_binding(View(root), keep, dropout_p, gone)
     carry_out(plan)
+    take_names(root)
     trains = any(plan.modes.values()) or any(site.training for site in plan.kept)
     if recomposed.decomposed:
         remarks = remark(View(root), program, trains)
@@ -123,6 +126,8 @@ def carry_out(plan: planning.Plan) -> None:
     for module in [root, *(body.module for body in plan.view.bodies)]:
         module.__dict__.pop("train", None)  # the methods by which export forbids what now works
         module.__dict__.pop("eval", None)
+    if isinstance(root, fx.GraphModule):
+        copies.copy_compiled(root)
     for module in edited:
         _compat.refresh(module)
 

@@ -1,5 +1,6 @@
 """``export``: both modes of an eager model, in one graph with flags where that is exact, in two graphs otherwise."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from compile_modes import _compat, messages
+from compile_modes.exported.arguments import take_names
 from compile_modes.exported.binding import carry_out
 from compile_modes.exported.faithful import faithful, settled
 from compile_modes.exported.pairing import Pairing, pair
@@ -62,7 +64,7 @@ def export(
     finally:
         model.train(modes[""])  # for models whose train() does more
         set_flags(model, modes)
-    return assemble(programs[True], programs[False], modes)
+    return assemble(programs[True], programs[False], modes, inspect.signature(model.forward))
 
 
 def _digest(model: nn.Module) -> list[str]:
@@ -91,12 +93,25 @@ def _export(model: nn.Module, training: bool, args: Any, kwargs: Any, dynamic_sh
     return settled(program)
 
 
-def assemble(train: ExportedProgram, evaluation: ExportedProgram, modes: Mapping[str, bool]) -> nn.Module:
-    """The module of both modes, from its two exports; ``modes`` are those it starts with, by submodule."""
+def assemble(
+    train: ExportedProgram,
+    evaluation: ExportedProgram,
+    modes: Mapping[str, bool],
+    forward: inspect.Signature | None = None,
+) -> nn.Module:
+    """The module of both modes, from its two exports.
+
+    Args:
+        train, evaluation: the exports.
+        modes: those it starts with, by submodule.
+        forward: the signature of the model, if it is at hand.
+    """
     roots = train.module(), evaluation.module()
     for root in roots:
         own(root)
     found = pair(*roots)
+    for root in roots:
+        take_names(root, forward)
     module = _dual(*roots, found.difference) if found.difference else _single(roots[0], found)
     set_flags(module, modes)
     Source({"train": train, "eval": evaluation}).stay_with(module)

@@ -1,6 +1,6 @@
 """CM2xx: binding, baking and flipping programs."""
 
-from compile_modes.errors import BindError
+from compile_modes.errors import BindError, CallError
 from compile_modes.messages.entry import Error, Warn
 
 NO_GRAPH = Error(
@@ -98,6 +98,48 @@ OTHER_PROGRAM = Error(
     where="{owners}",
     raised=BindError,
 )
+TOO_MANY_ARGUMENTS = Error(
+    "CM216",
+    "{count} arguments were given by position, and at most {most} can be",
+    "give those by name that were exported by name, and no others",
+    where="exported as forward{shown}",
+    raised=CallError,
+)
+GIVEN_TWICE = Error(
+    "CM217",
+    "the argument {name!r} was given by position and by name",
+    "give it once",
+    where="exported as forward{shown}",
+    raised=CallError,
+)
+ARGUMENT_MISSING = Error(
+    "CM218",
+    "the argument {name!r} is missing",
+    "give it: the program has no default for it",
+    where="exported as forward{shown}",
+    raised=CallError,
+)
+NO_SUCH_ARGUMENT = Error(
+    "CM219",
+    "the program has no argument {name!r}",
+    "leave it out, or export the model with it",
+    where="exported as forward{shown}",
+    raised=CallError,
+)
+NOT_ITS_DEFAULT = Error(
+    "CM220",
+    "the program has no argument {name!r}, which was at its default, {default!r}",
+    "leave it out, or export the model with it",
+    where="exported as forward{shown}",
+    raised=CallError,
+)
+RETRACED_BY_POSITION = Error(
+    "CM221",
+    "torch.export can't take by position what was exported by name",
+    "give it by name",
+    where="exported as forward{shown}",
+    raised=CallError,
+)
 STUCK = Warn(
     "CM230",
     "{count} sites keep their exported mode and will not follow train() and eval():\n{sites}",
@@ -141,4 +183,9 @@ NOTHING_LEFT = Warn(
     "{modules} left nothing in the eval export: unless they do nothing in train either, as Identity does, train() "
     "can't bring that back.",
     "export in train mode, or by compile_modes.export(model, args); or bind with keep=[...] if so",
+)
+NOT_MOVED = Warn(
+    "CM238",
+    "{count} sites can't be put into {mode} mode and keep theirs:\n{sites}",
+    "export in {mode} mode, which keeps what they need",
 )
