@@ -11,6 +11,7 @@ from torch import fx, nn
 from compile_modes import _compat
 from compile_modes.errors import BindError, CompileModesError, ModeWarning
 from compile_modes.exported import planning
+from compile_modes.exported.faithful import lost_grad_mode
 from compile_modes.exported.lost import left_nothing, remark, remark_nothing
 from compile_modes.exported.provenance import Source
 from compile_modes.exported.recompose import recompose
@@ -50,14 +51,16 @@ def bind(exported: Any, *, keep: Sequence[str] = (), dropout_p: Mapping[str, flo
 
     Warns:
         ModeWarning: some sites can't follow the flag, with the reason for each; or the program is decomposed and has
-            parts that are no sites any more; or an eval export has lost what modules may do in train.
+            parts that are no sites any more; or an eval export has lost what modules may do in train; or the export may
+            have lost a ``no_grad()`` inside an autocast region.
     """
     if isinstance(getattr(exported, "_orig_mod", exported), DualModule):
         if keep or dropout_p:
             raise BindError("the module is bound already", remedy="pass keep and dropout_p when binding a program")
         return exported  # bound when it was made
     root, plan, remarks = bind_root(exported, keep, dropout_p)
-    for text in [*planning.complaints(plan), *remarks]:
+    lost = lost_grad_mode(root)
+    for text in [*planning.complaints(plan), *remarks, *([lost] if lost else [])]:
         warnings.warn(text, ModeWarning, stacklevel=2)
     if isinstance(exported, torch.export.ExportedProgram):
         keep = [keep] if isinstance(keep, str) else keep

@@ -1,7 +1,10 @@
 """Exports that say what eager does where torch.export's own don't: reuse of a dropout's input, and grad modes."""
 
+import operator
 from contextlib import AbstractContextManager
+from typing import Any
 
+from torch import fx, nn
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
 
@@ -57,3 +60,35 @@ def _settle(body: Body, grad_mode: bool | None) -> None:
             node.replace_all_uses_with(node.all_input_nodes[0])
             body.graph.erase_node(node)
     body.module.recompile()  # type: ignore[operator]
+
+
+def lost_grad_mode(root: nn.Module) -> str:
+    """What to warn of where a stock export may have dropped a ``no_grad()`` inside an autocast region; or ``""``.
+
+    All that such a program shows is that torch.export has split the region where grad mode was switched: regions of one
+    module with the same settings, and nothing between them. A switch to enabled gradients leaves the same, and so do
+    regions that stand one behind the other in the model. Of a lost ``inference_mode()`` nothing shows.
+    """
+    owners: list[str] = []
+    for body in bodies(root):
+        before: fx.Node | None = None
+        for node in body.graph.nodes:
+            if node.target is _compat.AUTOCAST:
+                if before is not None and _settings(before) == _settings(node):
+                    owners.append(repr(module_path(node)))
+                before = node
+            elif node.op != "get_attr" and node.target is not operator.getitem:
+                before = None
+    if not owners or not any(parameter.requires_grad for parameter in root.parameters()):
+        return ""
+    named = ", ".join(list(dict.fromkeys(owners))[:5])
+    return (
+        f"autocast regions of {named} follow one another as they do where torch.export has split one at a no_grad() "
+        "inside it, which it then drops: gradients may flow where eager stops them.\n"
+        "  what to do: compile_modes.export(model, args), which keeps it; or put no_grad() around the autocast region"
+    )
+
+
+def _settings(region: fx.Node) -> Any:
+    """What an autocast region was entered with, and in which module."""
+    return region.args[:4], module_path(region)
