@@ -32,9 +32,9 @@ def export(
     skipped layers, probabilities that depend on mode) it holds both programs and runs the one of its own mode; there,
     what Python decided in a submodule follows the mode of the root.
 
-    Both programs keep what torch.export forgets: that the result of a dropout in eval isn't its input, and ``no_grad()``
-    inside autocast. ``inference_mode()`` becomes ``no_grad()``, so results are no inference tensors. Gradients are
-    enabled while exporting, whatever mode the call is made in.
+    Both programs keep what torch.export forgets: that the result of a dropout in eval isn't its input, and a
+    ``no_grad()`` inside autocast. ``inference_mode()`` becomes ``no_grad()``: no result is an inference tensor.
+    Gradients are enabled while exporting, whatever mode the call is made in.
 
     Args:
         model: the eager module. Parameters and buffers are shared with the result, not copied. Its modes stay as they
