@@ -38,9 +38,10 @@ EXPORTED = "ExportedProgram.module()"
 GUARDS = "_guards_fn"
 
 # Higher-order ops that run their one body exactly once: a statement inside the body may as well stand before the call.
+AUTOCAST: HigherOrderOperator = torch.ops.higher_order.wrap_with_autocast
 UNCONDITIONAL_HOPS: tuple[HigherOrderOperator, ...] = (
     torch.ops.higher_order.wrap_with_set_grad_enabled,
-    torch.ops.higher_order.wrap_with_autocast,
+    AUTOCAST,
     torch.ops.higher_order.tag_activation_checkpoint,
 )
 

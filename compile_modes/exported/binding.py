@@ -12,6 +12,7 @@ from compile_modes._compat import copies
 from compile_modes.errors import CompileModesError, ModeWarning
 from compile_modes.exported import planning
 from compile_modes.exported.arguments import take_names
+from compile_modes.exported.faithful import lost_grad_mode
 from compile_modes.exported.lost import left_nothing, remark, remark_nothing
 from compile_modes.exported.provenance import Source
 from compile_modes.exported.recompose import recompose
@@ -53,14 +54,16 @@ def bind(exported: Any, *, keep: Sequence[str] = (), dropout_p: Mapping[str, flo
 
     Warns:
         ModeWarning: some sites can't follow the flag, with the reason for each; or the program is decomposed and has
-            parts that are no sites any more; or an eval export has lost what modules may do in train.
+            parts that are no sites any more; or an eval export has lost what modules may do in train; or the export may
+            have lost a ``no_grad()`` inside an autocast region.
     """
     if isinstance(getattr(exported, "_orig_mod", exported), DualModule):
         if keep or dropout_p:
             raise messages.BOUND_ALREADY.error()
         return exported  # bound when it was made
     root, plan, remarks = bind_root(exported, keep, dropout_p)
-    for warning in [*planning.complaints(plan), *remarks]:
+    lost = lost_grad_mode(View(root))
+    for warning in [*planning.complaints(plan), *remarks, *([lost] if lost else [])]:
         messages.warn(warning)
     if isinstance(exported, torch.export.ExportedProgram):
         keep = [keep] if isinstance(keep, str) else keep

@@ -35,6 +35,10 @@ def export(
     skipped layers, probabilities that depend on mode) it holds both programs and runs the one of its own mode; there,
     what Python decided in a submodule follows the mode of the root.
 
+    Both programs keep what torch.export forgets: that the result of a dropout in eval isn't its input, and a
+    ``no_grad()`` inside autocast. ``inference_mode()`` becomes ``no_grad()``: no result is an inference tensor.
+    Gradients are enabled while exporting, whatever mode the call is made in.
+
     Args:
         model: the eager module. Parameters and buffers are shared with the result, not copied. Its modes stay as they
             are, and the result starts with them, submodule by submodule.
@@ -46,8 +50,8 @@ def export(
         A module with the submodules, ``state_dict`` and modes of ``model``.
 
     Raises:
-        ExportError: one of the exports fails (its cause is the exception's ``__cause__``), or the model's ``train()``
-            changes its weights.
+        ExportError: one of the exports fails (its cause is the exception's ``__cause__``), or has lost a change of grad
+            mode; or the model's ``train()`` changes its weights.
     """
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, nn.Module) or isinstance(model, torch.fx.GraphModule):

@@ -189,3 +189,9 @@ NOT_MOVED = Warn(
     "{count} sites can't be put into {mode} mode and keep theirs:\n{sites}",
     "export in {mode} mode, which keeps what they need",
 )
+MAY_HAVE_LOST_NO_GRAD = Warn(
+    "CM239",
+    "autocast regions of {owners} follow one another as they do where torch.export has split one at a no_grad() inside "
+    "it, which it then drops: gradients may flow where eager stops them.",
+    "compile_modes.export(model, args), which keeps it; or put no_grad() around the autocast region",
+)
