@@ -9,6 +9,7 @@ from torch.export import ExportedProgram
 
 from compile_modes import _compat
 from compile_modes.errors import ExportError
+from compile_modes.exported.assigned import keeping_assignments
 from compile_modes.exported.binding import carry_out
 from compile_modes.exported.pairing import Pairing, pair
 from compile_modes.exported.planning import Plan, plan_binding
@@ -83,7 +84,11 @@ def _export(model: nn.Module, training: bool, args: Any, kwargs: Any, dynamic_sh
     hooks = dict(_compat.BUFFER_HOOKS)
     try:
         kwargs = dict(kwargs) if kwargs is not None else None
-        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+        return keeping_assignments(
+            model, lambda: torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+        )
+    except ExportError:
+        raise
     except Exception as error:  # whatever the model, or export on its account, raises
         for leaked in _compat.BUFFER_HOOKS.keys() - hooks.keys():
             del _compat.BUFFER_HOOKS[leaked]
