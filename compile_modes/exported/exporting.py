@@ -9,7 +9,9 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from compile_modes import _compat, messages
+from compile_modes.errors import ExportError
 from compile_modes.exported.arguments import take_names
+from compile_modes.exported.assigned import keeping_assignments
 from compile_modes.exported.binding import carry_out
 from compile_modes.exported.faithful import faithful, settled
 from compile_modes.exported.pairing import Pairing, pair
@@ -87,7 +89,11 @@ def _export(model: nn.Module, training: bool, args: Any, kwargs: Any, dynamic_sh
     try:
         kwargs = dict(kwargs) if kwargs is not None else None
         with faithful():
-            program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+            program = keeping_assignments(
+                model, lambda: torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+            )
+    except ExportError:
+        raise
     except Exception as error:  # whatever the model, or export on its account, raises
         for leaked in _compat.BUFFER_HOOKS.keys() - hooks.keys():
             del _compat.BUFFER_HOOKS[leaked]

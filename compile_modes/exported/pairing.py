@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 from torch._ops import OpOverload
 
+from compile_modes.graph.effects import has_effect
 from compile_modes.graph.finding import find
 from compile_modes.graph.ops import lookup
 from compile_modes.graph.owners import module_path
@@ -112,9 +113,9 @@ class _Walk:
             elif a in starts:
                 self.leave_out(starts[a], train)
                 skipped.update(starts[a].nodes)
-            elif a is not None and self.erase(0, a):
+            elif a is not None and self.erase(0, a, train.module):
                 pending[0].popleft()
-            elif b is not None and self.erase(1, b):
+            elif b is not None and self.erase(1, b, evaluation.module):
                 pending[1].popleft()
             else:
                 raise _Differ(_describe(a, b))
@@ -219,14 +220,14 @@ class _Walk:
             self.found.inverted[a.node] = b.p if a.op.flag is None else None
         return True
 
-    def erase(self, side: int, node: fx.Node) -> bool:
+    def erase(self, side: int, node: fx.Node, module: nn.Module) -> bool:
         """Lets a node that only one mode has stand for its input, if it does nothing in the other; False if it does."""
         site = self.sites[side].get(node)
         dropout = site is not None and site.op.family == "dropout" and site.training is (side == 0)
         if dropout and not node.target._schema.returns[1:]:  # type: ignore[union-attr]
             if side == 0:
                 self.found.bound.append(node)
-        elif node not in self.steps and node.target not in _LAYOUT and (node.users or node.is_impure()):
+        elif node not in self.steps and node.target not in _LAYOUT and (node.users or has_effect(module, node)):
             return False
         if node in self.steps:
             self.found.left_out_steps.add(node)

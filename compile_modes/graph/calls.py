@@ -56,6 +56,7 @@ def insert_counter(graph: fx.Graph, anchor: fx.Node, counter: fx.Node, flag: fx.
     return step
 
 
+@fx.has_side_effect  # draws random numbers, and may be applied in place
 def noise(training: bool, results: int, region: nn.Module, *operands: Any) -> Any:
     """A random mask and its application (DropPath): ``region(*operands)`` in train, nothing in eval.
 

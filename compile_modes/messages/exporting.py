@@ -30,3 +30,10 @@ LOST_REGION = Error(
     where="{node} (owner {owner!r})",
     raised=ExportError,
 )
+ASSIGNED = Error(
+    "CM305",
+    "forward() assigns a buffer what can't be written into it: {why}",
+    "write it in place: with torch.no_grad(): self.buffer.copy_(value)",
+    where="buffer {buffer!r}",
+    raised=ExportError,
+)
