@@ -13,8 +13,7 @@ import torch
 import compile_modes as cm
 from compile_modes import errors, messages
 from compile_modes.messages.page import markdown
-
-from nets import IMAGE, ConvNet  # isort: skip
+from nets import IMAGE, ConvNet
 
 PACKAGE = Path(cm.__file__).parent
 ROOM = PACKAGE / "messages"

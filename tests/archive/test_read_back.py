@@ -10,8 +10,7 @@ from torch.export.pt2_archive._package import load_pt2
 import compile_modes as cm
 from compile_modes._compat import pt2
 from compile_modes.cli.main import main
-
-from oracle import agrees, same_state, text  # isort: skip
+from oracle import agrees, same_state, text
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(3))
 

@@ -11,8 +11,7 @@ from torch import nn
 import compile_modes as cm
 from compile_modes.exported.provenance import Source
 from compile_modes.graph.dual import DualModule
-
-from oracle import agrees, same_outputs, text  # isort: skip
+from oracle import agrees, same_outputs, text
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(3))
 IMAGES = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(3))

@@ -9,9 +9,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import compile_modes as cm
 from compile_modes._compat.frames import graphs_compiled
-
-from nets import IMAGE, Auxiliary, ConvNet, Parent  # isort: skip
-from oracle import agrees  # isort: skip
+from nets import IMAGE, Auxiliary, ConvNet, Parent
+from oracle import agrees
 
 Compiled = torch._dynamo.OptimizedModule
 BUILD = pytest.mark.parametrize("build", [ConvNet, Auxiliary], ids=["one program", "two programs"])

@@ -15,8 +15,7 @@ import compile_modes as cm
 from compile_modes import _compat
 from compile_modes._compat import exporting
 from compile_modes.graph.dual import DualModule
-
-from oracle import agrees, text  # isort: skip
+from oracle import agrees, text
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(3))
 AUTOCAST = functools.partial(torch.autocast, "cpu", torch.bfloat16)
@@ -211,9 +210,8 @@ def test_torch_is_left_as_it_was_also_by_exports_that_fail():
 
 
 def test_programs_carry_no_marks():
-    from compile_modes.graph.bodies import bodies
-
     from compile_modes.exported.provenance import Source
+    from graphs import bodies
 
     for program in Source.of(cm.export(Nested(("autocast", "no_grad")), (X,))).programs.values():
         nodes = [node for body in bodies(program.graph_module) for node in body.graph.nodes]
