@@ -153,6 +153,14 @@ def noise(self, x):
     return F.dropout(x + torch.rand_like(x), 0.5, self.training)
 
 
+def stops_within_autocast(self, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        y = x @ torch.ones(4, 4)
+        with torch.no_grad():
+            z = x @ torch.ones(4, 4)
+        return F.dropout(y + z, 0.5, self.training)
+
+
 # By the number of the limit and the code: what provokes it.
 PROVOKED = {
     (1, "CM235"): lambda: bound(Called(noise)),
@@ -169,6 +177,7 @@ PROVOKED = {
     (13, "CM236"): lambda: cm.bind(torch.export.export(Linear(nn.Dropout(0.5)).eval(), (X,)).run_decompositions()),
     (14, "CM230"): lambda: bound(in_branch(), training=False),
     (14, "CM134"): lambda: compiled(in_branch().eval(), training=True),
+    (18, "CM239"): lambda: bound(Called(stops_within_autocast)),
     (19, "CM302"): lambda: cm.export(Merging(4, 4), (X,)),
     (19, "CM303"): lambda: cm.export(Called(lambda self, x: x.item() if self.training else x), (X,)),
     (21, "CM410"): lambda: compiled(torch.export.export(Linear(nn.Dropout(0.5)), (X,)).module()),
@@ -184,8 +193,8 @@ PROVOKED = {
     (27, "CM417"): lambda: recompiled({"accumulated_recompile_limit": 2}, mode_vectors=1),
     (34, "CM519"): of_unknown_operator,
 }
-# Provoked elsewhere, for they take a graph that is made for it.
-ELSEWHERE = {(22, "CM411"), (22, "CM401"), (30, "CM415")}
+# Provoked elsewhere, for they take a graph that is made for it, or a torch that is.
+ELSEWHERE = {(18, "CM304"), (22, "CM411"), (22, "CM401"), (30, "CM415")}
 
 
 # Where torch.export tells the result of an eval dropout from its input, there is nothing to warn of.
