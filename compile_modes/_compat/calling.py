@@ -114,7 +114,8 @@ def retraced(hook: Any, asked: Any) -> tuple[nn.Module, tuple[Any, ...], dict[st
     """The call that ``torch.export`` is about to run, when it asks a module's hooks whether one is its own check.
 
     It runs a GraphModule by ``fx.Interpreter``, without hooks, and with the values of keywords in the order in which
-    they were given: by other names than the graph's (seen on 2.14.1 and 2.15.0). The keywords that this returns are the very ones.
+    they were given: by other names than the graph's (seen on 2.14.1 and 2.15.0). The keywords that this returns are
+    the very ones.
     None if it isn't that which compares ``hook`` with ``asked``.
     """
     if asked is not _check_input_constraints_pre_hook:
