@@ -225,7 +225,7 @@ def test_what_it_says_when_the_last_slot_is_taken(artefacts):
     assert_expected_inline(
         message,
         """\
-forward (test_mode_vectors.py:LINE) is now compiled for 4 combinations of modes, and Dynamo has no room for more:
+CM416: forward (test_mode_vectors.py:LINE) is now compiled for 4 combinations of modes, and Dynamo has no room for more:
 the next new one runs in eager mode, or raises if fullgraph=True.
   what to do: raise torch._dynamo.config.recompile_limit (4), or pass options={"mode_vectors": N},
   which keeps the N combinations that were used last, and compiles others again""",
@@ -288,7 +288,7 @@ def test_what_it_says_when_nothing_more_will_be_compiled(artefacts):
     assert_expected_inline(
         text_of(caught[0]),
         """\
-forward (test_mode_vectors.py:LINE) has been compiled 5 times, and Dynamo compiles no function more often:
+CM417: forward (test_mode_vectors.py:LINE) has been compiled 5 times, and Dynamo compiles no function more often:
 new combinations of modes run in eager mode.
   what to do: raise the option mode_vectors or torch._dynamo.config.accumulated_recompile_limit""",
     )

@@ -36,7 +36,7 @@ def test_what_it_says_of_a_module_that_is_not_compiled():
     assert_expected_inline(
         says(cm.WarmupError, Parent(ConvNet()), IMAGE),
         """\
-nothing in Parent is compiled
+CM607: nothing in Parent is compiled
   what to do: pass what torch.compile(module, backend="pt2e_modes") returns, or call module.compile() before""",
     )
 
@@ -45,7 +45,7 @@ def test_what_it_says_of_a_lazy_module():
     assert_expected_inline(
         says(cm.WarmupError, torch.compile(nn.Sequential(nn.LazyLinear(3))), torch.ones(2, 2)),
         """\
-a lazy module is not initialised yet
+CM608: a lazy module is not initialised yet
   where: _orig_mod.0.weight
   what to do: call the eager module once""",
     )
@@ -64,22 +64,22 @@ def test_what_it_says_of_modes_and_grad_modes(no_inductor):
     assert_expected_inline(
         "\n".join(errors),
         """\
-'test' is not a mode
+CM603: 'test' is not a mode
   where: modes[1]
   what to do: use 'train', 'eval', 'current' or {'layer1*': 'eval'}
-modes is ()
+CM601: modes is ()
   where: modes
   what to do: pass ("train", "eval")
-'off' is not a mode
+CM104: 'off' is not a mode
   where: modes[0]['*']
   what to do: use 'train' or 'eval'
-'no' is not a grad mode
+CM604: 'no' is not a grad mode
   where: grad
   what to do: use True, False, "inference" or several
-grad has keys ['test']
+CM602: grad has keys ['test']
   where: grad
   what to do: use 'train' and 'eval'
-the pattern 'block1.bm' matches no module
+CM605: the pattern 'block1.bm' matches no module
   where: modes[1]
   what to do: names here: 'block1.bn', 'block1', 'block2.bn'""",
     )
@@ -92,7 +92,7 @@ def test_what_it_says_of_a_call_that_fails(no_inductor):
     assert_expected_inline(
         message,
         """\
-the module raised TypeError: ConvNet.forward() takes 2 positional arguments but 3 were given
+CM609: the module raised TypeError: ConvNet.forward() takes 2 positional arguments but 3 were given
   where: warm-up in mode 'eval, no_grad'
   what to do: call it with the same arguments, uncompiled; the module is as it was before the warm-up""",
     )

@@ -44,7 +44,7 @@ def test_bake_replaces_a_file_only_if_forced_and_whole(run, tmp_path, monkeypatc
     assert_expected_inline(
         err.replace(str(tmp_path), ""),
         """\
-error: the file exists
+error: CM913: the file exists
   where: /baked.pt2
   what to do: name another one, or use --force
 """,
@@ -53,7 +53,7 @@ error: the file exists
         patch.setattr(torch.export, "save", lambda program, stream: stream.write(b"half") and 1 / 0)
         status, _, err = run(*argv, "--force")
     assert (status, output.read_text(), os.listdir(tmp_path)) == (2, "mine", ["baked.pt2"])
-    assert err == "error: torch can't serialize the program: ZeroDivisionError: division by zero\n"
+    assert err.startswith("error: CM534: torch can't serialize the program: ZeroDivisionError: division by zero\n")
     assert run(*argv, "--force")[0] == 0
     assert not cm.sites(torch.export.load(output))[0].training
 
@@ -67,14 +67,15 @@ def test_bake_into_a_full_disk_or_a_device(run, tmp_path, monkeypatch):
         patch.setattr(opening, "replacing", lambda path: contextlib.nullcontext(Full()))
         status, _, err = run("bake", "train.pt2", "-o", str(tmp_path / "baked.pt2"))
     assert status == 2
-    assert "error: the file can't be written: No space left on device" in err
+    assert "error: CM503: the file can't be written: No space left on device" in err
     os.mkfifo(tmp_path / "pipe")
     status, _, err = run("bake", "train.pt2", "--force", "-o", str(tmp_path / "pipe"))
     assert status == 2
     assert "the path is not that of a regular file" in err
     assert run("bake", "train.pt2", "-o", "no/baked.pt2")[::2] == (
         2,
-        "error: the file can't be written: No such file or directory\n  where: no/baked.pt2\n",
+        "error: CM503: the file can't be written: No such file or directory\n  where: no/baked.pt2\n"
+        "  what to do: see whether its folder is there and may be written to, and whether the disk is full\n",
     )
 
 
@@ -85,23 +86,24 @@ def test_bake_with_what_is_stuck(run, tmp_path):
     assert_expected_inline(
         err,
         """\
-error: 1 sites keep their exported mode and will not follow train() and eval():
-  scaled_dot_product_attention (owner ''): dropout_p is 0 ...
+error: CM230: 1 sites keep their exported mode and will not follow train() and eval():
+  scaled_dot_product_attention (owner ''): CM713: dropout_p is 0 ...
   what to do: export in train mode, which keeps what they need
 nothing is written; --allow-stuck leaves that as it is
 """,
     )
     status, out, err = run("bake", "attention.pt2", "--mode", "train", "-o", output, "--allow-stuck")
     assert status == 0
-    assert err.startswith("warning: 1 sites keep")
+    assert err.startswith("warning: CM230: 1 sites keep")
     assert out.endswith("1 sites in train, 1 in eval, 0 the same in both\n")
     status, _, err = run("bake", "attention.pt2", "--override", "=train", "-o", output, "--force")
     assert status == 1
     assert_expected_inline(
         err,
         """\
-error: overrides name sites that can't be put into that mode:
-  scaled_dot_product_attention (aten.scaled_dot_product_attention.default, owner '', eval): dropout_p is 0 ...
+error: CM140: overrides name sites that can't be put into that mode:
+  scaled_dot_product_attention (aten.scaled_dot_product_attention.default, owner '', eval): CM713: dropout_p is 0 ...
+  what to do: leave these sites out
 nothing is written; --allow-stuck leaves that as it is
 """,
     )

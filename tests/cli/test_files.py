@@ -57,17 +57,17 @@ def test_files_that_hold_no_program_are_named_without_a_traceback(run, files, ca
     assert_expected_inline(
         "\n".join(said),
         """\
-there is no such file
-the path is a directory
-the file is empty
-the file is no .pt2 archive
-the file is a zip, but no .pt2 archive
-the .pt2 archive holds no exported program
-the file is a TorchScript archive
-the file is a pickle, not an archive
-the file was written by torch.save()
-the file is cut off or damaged (BadZipFile: records are missing or overlap)
-torch x can't load the program: ...""",
+CM504: there is no such file
+CM501: the path is a directory
+CM507: the file is empty
+CM509: the file is no .pt2 archive
+CM517: the file is a zip, but no .pt2 archive
+CM513: the .pt2 archive holds no exported program
+CM515: the file is a TorchScript archive
+CM508: the file is a pickle, not an archive
+CM516: the file was written by torch.save()
+CM506: the file is cut off or damaged (BadZipFile: records are missing or overlap)
+CM911: torch x can't load the program: ...""",
     )
 
 

@@ -62,7 +62,7 @@ def test_present_modes_and_weights_of_a_module_are_written():
     assert_expected_inline(
         str(error.value),
         """\
-the program was exported with a torch.float32 of shape (4,) on cpu, the module has a torch.float16 of shape (4,) on cpu
+CM210: the program was exported with a torch.float32 of shape (4,) on cpu, the module has a torch.float16 of shape (4,) on cpu
   where: block1.bn.running_mean
   what to do: export again after changing dtypes, shapes or devices""",
     )
@@ -116,19 +116,24 @@ def test_error_texts():
     assert_expected_inline(
         "\n".join(said),
         """\
-stuck: BindError: 1 sites keep their exported mode and will not follow train() and eval():
-  scaled_dot_product_attention (owner ''): dropout_p is 0 ...
+stuck: BindError: CM211: something can't be put into the mode that was asked for, or may not be right there:
+CM230: 1 sites keep their exported mode and will not follow train() and eval():
+  scaled_dot_product_attention (owner ''): CM713: dropout_p is 0 ...
   what to do: export in train mode, which keeps what they need
-override: OverrideError: overrides name sites that can't be put into that mode:
-  scaled_dot_product_attention (aten.scaled_dot_product_attention.default, owner '', eval): dropout_p is 0 ...
-unclear: BindError: random numbers of '' are drawn in both modes: one export can't tell whether they depend on mode.
+  what to do: as said there, or pass allow_stuck=True to leave it as it is
+override: OverrideError: CM136: overrides name sites that can't be put into that mode:
+  scaled_dot_product_attention (aten.scaled_dot_product_attention.default, owner '', eval): CM713: dropout_p is 0 ...
+  what to do: leave these sites out, or pass allow_stuck=True to leave them as they are
+unclear: BindError: CM211: something can't be put into the mode that was asked for, or may not be right there:
+CM235: random numbers of '' are drawn in both modes: one export can't tell whether they depend on mode.
   what to do: compile_modes.export(model, args), which can; or keep=[owner] if they don't
-no-match: OverrideError: the pattern 'block1.bm' matches no mode-dependent site
+  what to do: as said there, or pass allow_stuck=True to leave it as it is
+no-match: OverrideError: CM109: the pattern 'block1.bm' matches no mode-dependent site
   where: overrides['block1.bm']
   what to do: owners here: 'block1.bn', 'block2.bn', 'block1.drop'
-no-program: BindError: GraphModule was not made from an ExportedProgram by bind(), nor by export()
+no-program: BindError: CM208: GraphModule was not made from an ExportedProgram by bind(), nor by export()
   what to do: pass the ExportedProgram itself, or bind() it and pass the result
-edited: BindError: the module's graph was edited after it was bound
+edited: BindError: CM209: the module's graph was edited after it was bound
   what to do: pass a module that bind() returned""",
     )
 
