@@ -60,6 +60,7 @@ def test_a_prepared_module_is_bound_trained_and_converted_as_the_standard_flow()
     assert torch.equal(cm.move_exported_model_to_eval(converted)(X), cm.move_exported_model_to_eval(expected)(X))
 
 
+@pytest.mark.slow
 def test_freezing_batch_norm_in_quantization_aware_training():
     bound = cm.bind(prepared(Net()))
     train(bound, 2)

@@ -74,11 +74,14 @@ DIRECTIONS = [
 DIRECTIONS += [(name, *case, True, mode) for name, case in FROM_TRAIN.items() for mode in (True, False)]
 
 
-@pytest.mark.parametrize(
+EVERY_DIRECTION = pytest.mark.parametrize(
     ("build", "x", "start", "mode"),
     [d[1:] for d in DIRECTIONS],
     ids=["-".join(map(str, (d[0], *d[3:]))) for d in DIRECTIONS],
 )
+
+
+@EVERY_DIRECTION
 def test_a_program_in_a_mode_does_what_eager_does_in_it(build, x, start, mode):
     model = build()
     program = exported(model, x, start)
@@ -90,9 +93,13 @@ def test_a_program_in_a_mode_does_what_eager_does_in_it(build, x, start, mode):
     assert all(result.state_dict[name] is value for name, value in program.state_dict.items())
     assert result.graph_signature.input_specs == program.graph_signature.input_specs
     assert result.call_spec == program.call_spec
-    core = result.run_decompositions()
-    assert is_standard(core)
     does_as_eager(result, model, mode, x, tolerance=1e-6 if build is cumulative else 0.0)
+
+
+@pytest.mark.slow
+@EVERY_DIRECTION
+def test_a_program_in_a_mode_decomposes(build, x, start, mode):
+    assert is_standard(baked(exported(build(), x, start), mode).run_decompositions())
 
 
 @pytest.mark.parametrize("mode", [True, False])

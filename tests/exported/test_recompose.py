@@ -16,16 +16,13 @@ from oracle import agrees, literals, same_outputs, same_state, text
 from setups import STARTS
 
 aten = torch.ops.aten
-VARIANTS = pytest.mark.parametrize(
-    ("form", "table"),
-    [
-        (lambda program: program, None),
-        (lambda program: program, {}),
-        (lambda program: program.module(), None),
-        (torch.export.unflatten, None),
-    ],
-    ids=["program", "empty-table", "module", "unflattened"],
-)
+FORMS = [
+    pytest.param(lambda program: program, None, id="program"),
+    pytest.param(lambda program: program, {}, id="empty-table"),
+    pytest.param(lambda program: program.module(), None, id="module"),
+    pytest.param(torch.export.unflatten, None, id="unflattened"),
+]
+VARIANTS = pytest.mark.parametrize(("form", "table"), FORMS)
 
 
 class InPlace(nn.Module):
@@ -64,17 +61,24 @@ def test_bound_decomposed_modules_equal_eager(build, x, form, table, start):
     agrees(reference, bound, inputs=[x])
 
 
-@VARIANTS
+TRAINED = {
+    "conv": (ConvNet, IMAGE),
+    "activations": (Activations, torch.randn(3, 4, 6)),
+    "in-place": (InPlace, torch.randn(3, 4, 6)),
+    "unused": (UnusedNorm, VECTORS),
+    "attention": (Attention, torch.randn(2, 5, 8)),
+}
+
+
 @pytest.mark.parametrize(
-    ("build", "x"),
+    ("build", "x", "form", "table"),
     [
-        (ConvNet, IMAGE),
-        (Activations, torch.randn(3, 4, 6)),
-        (InPlace, torch.randn(3, 4, 6)),
-        (UnusedNorm, VECTORS),
-        (Attention, torch.randn(2, 5, 8)),
+        pytest.param(
+            *net, *form.values, id=f"{name}-{form.id}", marks=[pytest.mark.slow] if name != "conv" and i else []
+        )
+        for name, net in TRAINED.items()
+        for i, form in enumerate(FORMS)
     ],
-    ids=["conv", "activations", "in-place", "unused", "attention"],
 )
 def test_train_exports_with_dropouts_equal_eager(build, x, form, table):
     reference = build()
