@@ -64,7 +64,7 @@ def test_present_modes_and_weights_of_a_module_are_written():
         """\
 CM210: the program was exported with a torch.float32 of shape (4,) on cpu, the module has a torch.float16 of shape (4,) on cpu
   where: block1.bn.running_mean
-  what to do: export again after changing dtypes, shapes or devices""",
+  what to do: export again after changing dtypes, shapes or devices""",  # noqa: E501
     )
 
 
