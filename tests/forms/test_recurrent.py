@@ -36,7 +36,7 @@ CASES = [
     pytest.param(RNN, {**DEEP, "nonlinearity": "relu"}, id="relu-deep"),
 ]
 # Whose settings are those of other cases together; the rewrite itself is tested on all of them.
-TOGETHER = ("lstm-deep", "lstm-projection", "lstm-without-bias", "gru-without-bias")
+TOGETHER = ("lstm-deep", "lstm-projection", "lstm-projection-deep", "lstm-without-bias", "gru-deep", "gru-without-bias")
 COMPILED = [
     pytest.param(*case.values, id=case.id, marks=[pytest.mark.slow] if case.id in TOGETHER else []) for case in CASES
 ]
