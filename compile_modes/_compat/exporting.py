@@ -15,12 +15,13 @@ one for autocast.
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 from torch._export.passes import replace_set_grad_with_hop_pass as grad_pass
 from torch.fx.experimental import proxy_tensor
+from torch.overrides import TorchFunctionMode
 
 MARK = "compile_modes_export"  # in the ``custom`` meta, which export carries along: a Mark as a dict
 # Grad mode when a node ran, and whether it is the alias of a dropout's input.
@@ -47,7 +48,7 @@ def exact(returns_input: Callable[[Any, tuple[Any, ...], dict[str, Any]], bool])
         (inference, "__enter__", _enter_as_grad_mode(inference.__enter__)),
         (inference, "__exit__", _exit_as_grad_mode(inference.__exit__)),
     ]
-    with _exporting, torch.enable_grad():
+    with _exporting, torch.inference_mode(False), torch.enable_grad():
         originals = [(holder, name, getattr(holder, name)) for holder, name, _ in replaced]
         try:
             for holder, name, value in replaced:
@@ -114,14 +115,28 @@ def _looking_past_autocast(original: _Call) -> _Call:
     return switches
 
 
+class _Inference(TorchFunctionMode):
+    """Inference mode as grad mode: off, and nothing inside that enables gradients has an effect."""
+
+    inside: ClassVar[list[bool]] = []  # the modes that have been entered, of one export at a time
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        without_effect = func is torch._C._set_grad_enabled and (args[0] or not torch.is_grad_enabled())
+        return None if without_effect and self.inside[-1] else func(*args, **(kwargs or {}))
+
+
 def _enter_as_grad_mode(original: _Call) -> _Call:
     thread = threading.get_ident()
 
     def __enter__(self: Any) -> Any:
         if threading.get_ident() != thread:
             return original(self)
-        self._grad_mode_before = torch.is_grad_enabled()
+        before, within = torch.is_grad_enabled(), _Inference()
+        _Inference.inside.append(False)
         torch._C._set_grad_enabled(not self.mode)
+        _Inference.inside[-1] = bool(self.mode)
+        within.__enter__()
+        self._entered_as_grad_mode = before, within
         return None
 
     return __enter__
@@ -129,10 +144,14 @@ def _enter_as_grad_mode(original: _Call) -> _Call:
 
 def _exit_as_grad_mode(original: _Call) -> _Call:
     def __exit__(self: Any, *exception: Any) -> Any:
-        before = vars(self).pop("_grad_mode_before", None)
-        if before is None:
+        entered = vars(self).pop("_entered_as_grad_mode", None)
+        if entered is None:
             return original(self, *exception)
+        before, within = entered
+        within.__exit__(*exception)
+        _Inference.inside[-1] = False
         torch._C._set_grad_enabled(before)
+        _Inference.inside.pop()
         return None
 
     return __exit__

@@ -201,6 +201,11 @@ def _order(forward: inspect.Signature, found: calling.Inputs) -> tuple[str, ...]
 
 @calling.not_a_frame
 def _same(value: Any, default: Any) -> bool:
+    if isinstance(default, tuple) and isinstance(value, tuple) and len(value) == len(default):
+        for one, other in zip(value, default, strict=True):  # noqa: SIM110  Dynamo traces it
+            if not _same(one, other):
+                return False
+        return True
     return value is default or (
         type(value) is type(default) and isinstance(default, int | float | str) and value == default
     )

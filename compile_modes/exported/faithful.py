@@ -4,6 +4,7 @@ import operator
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import fx
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
@@ -14,6 +15,8 @@ from compile_modes.errors import ModeWarning
 from compile_modes.graph.aliases import APART, returns_input
 from compile_modes.graph.sites import add_note
 from compile_modes.graph.view import Body, View
+
+_COPY_ = torch.ops.aten.copy_.default
 
 
 def faithful() -> AbstractContextManager[None]:
@@ -45,7 +48,9 @@ def _settle(body: Body, grad_mode: bool | None) -> None:
         marked = exporting.mark(node)
         exporting.unmark(node)
         # What takes results of a region apart, and checks them, has the marks of what made them.
-        computes = isinstance(node.target, OpOverload) and bool(node.target._schema.returns)
+        # So has the write into a buffer of the root that torch.export adds for an assignment.
+        added = node.target is _COPY_ and node.all_input_nodes[0].op == "placeholder"
+        computes = isinstance(node.target, OpOverload) and bool(node.target._schema.returns) and not added
         if marked and computes and grad_mode not in (None, marked[exporting.GRAD]):
             ours, eager = ("enabled", "disabled") if grad_mode else ("disabled", "enabled")
             raise messages.LOST_REGION.error(node=node.name, owner=body.view.owner[node], ours=ours, eager=eager)

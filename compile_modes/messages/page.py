@@ -22,7 +22,7 @@ _HEAD = """\
 # Errors, warnings and reasons
 
 Everything that compile_modes says begins with a code, which stays the same from release to release. Errors have it as
-`.code`, beside `.cause`, `.where` and `.remedy`; so have warnings. One kind of warning is turned off by its code:
+`.code`, beside `.cause`, `.where` and `.remedy`; warnings have `.code`. One kind of warning is turned off by its code:
 
     warnings.filterwarnings("ignore", message="CM230", category=compile_modes.ModeWarning)
 

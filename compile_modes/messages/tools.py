@@ -21,7 +21,8 @@ PROGRAM_DAMAGED = Error(
 PROGRAM_NOT_LOADABLE = Error(
     "CM911",
     "torch {torch} can't load the program: {error}",
-    "import what registers its operators and types (--import), or use the torch that wrote it",
+    "import what registers its operators and types (--import), or use the torch that wrote it; a program with a region "
+    "that returns nothing can't be read from what torch.export.save() writes: use compile_modes.save()",
     where="{file}",
     raised=ArchiveError,
 )

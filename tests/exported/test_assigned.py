@@ -1,5 +1,6 @@
 """Buffers that are assigned, whose new values torch.export loses in children."""
 
+import contextlib
 import copy
 
 import pytest
@@ -113,3 +114,25 @@ def test_assignments_that_no_buffer_can_hold_are_refused_by_name(value, why):
     assert not model.training
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, contextlib.nullcontext])
+def test_a_buffer_of_the_root_that_is_assigned_in_a_region(around):
+    class Average(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(4))
+            self.drop, self.fc = nn.Dropout(0.3), nn.Linear(4, 4)
+
+        def forward(self, x):
+            with around():
+                mean = self.mean * 0.9 + x.detach().mean(0) * 0.1
+            self.mean = mean.clone()
+            with torch.no_grad():
+                self.mean = torch.lerp(self.mean, x.mean(0), 0.2)
+            return self.drop(self.fc(x)) + self.mean
+
+    module = cm.export(Average(), (torch.randn(3, 4),))
+    model = Average()
+    model.load_state_dict(module.state_dict())
+    agrees(model, module, inputs=[torch.randn(3, 4)], flips=2, tolerance=0.0)

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import compile_modes as cm
 from compile_modes import _compat
 from compile_modes._compat import exporting
+from compile_modes._compat.exporting import _Inference
 from compile_modes.graph.dual import DualModule
 from oracle import agrees, text
 
@@ -233,3 +234,65 @@ def test_regions_that_have_something_between_them_do_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error", cm.ModeWarning)
         cm.bind(torch.export.export(nn.Sequential(Apart(), nn.Dropout(0.1)), (X,)))
+
+
+def enabled_in_inference(s, x):
+    with torch.inference_mode(), torch.enable_grad():
+        return s.inner(x)
+
+
+def set_in_inference(s, x):
+    with torch.inference_mode(), torch.no_grad(), torch.set_grad_enabled(True):
+        return s.inner(x)
+
+
+def enabled_for_a_while(s, x):
+    with torch.inference_mode():
+        y = s.inner(x)
+        with torch.enable_grad():
+            y = s.inner(y)
+        y = s.inner(y)
+    return s.inner(y.clone())
+
+
+def left_inference(s, x):
+    with torch.inference_mode():
+        with torch.inference_mode(False):
+            z = s.inner(torch.ones(3, 4))
+        y = s.inner(x)
+    return z + y.clone()
+
+
+def autocast_between(s, x):
+    with torch.inference_mode(), AUTOCAST(), torch.enable_grad():
+        return s.inner(x).float()
+
+
+class Teacher(nn.Module):
+    """What a function does with a layer in inference mode, beside one that trains."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.inner, self.outer, self.drop, self.function = nn.Linear(4, 4), nn.Linear(4, 4), nn.Dropout(0.2), function
+
+    def forward(self, x):
+        return self.drop(self.outer(x)) + self.function(self, x)
+
+
+@pytest.mark.parametrize(
+    "function", [enabled_in_inference, set_in_inference, enabled_for_a_while, left_inference, autocast_between]
+)
+def test_nothing_enables_gradients_in_inference_mode(function):
+    module = cm.export(Teacher(function), (X,))
+    model = Teacher(function)
+    model.load_state_dict(module.state_dict())
+    agrees(model, module, inputs=[X], flips=1, tolerance=tolerance(["autocast"]))
+    assert _Inference.inside == []
+
+
+def test_inference_mode_around_an_export_does_not_matter():
+    model = Teacher(enabled_for_a_while)
+    outside = text(cm.export(model, (X,)))
+    with torch.inference_mode():
+        assert text(cm.export(model, (X,))) == outside
+        assert torch.is_inference_mode_enabled()
