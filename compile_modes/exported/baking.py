@@ -10,7 +10,7 @@ from torch import nn
 from compile_modes import _compat
 from compile_modes.errors import BindError
 from compile_modes.graph.bodies import Body, bodies
-from compile_modes.graph.calls import GATES
+from compile_modes.graph.calls import FOLDED
 from compile_modes.graph.edits import set_argument
 from compile_modes.graph.flags import CELL, is_flag
 from compile_modes.graph.folding import unfold
@@ -66,7 +66,8 @@ def write_back(root: nn.Module, modes: Mapping[Site, bool]) -> None:
             set_argument(site, str(site.op.p), site.p)
             site.bound = False
         edited |= write_literal(site, mode)
-        if site.node.target in GATES:
+    for site in reversed(list(modes)):  # what is within another call first
+        if site.node.target in FOLDED:
             unfold(site.node, site.body)
     for body in bodies(root):
         _drop_flags(body)

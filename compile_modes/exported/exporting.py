@@ -1,20 +1,25 @@
 """``export``: both modes of an eager model, in one graph with flags where that is exact, in two graphs otherwise."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.export import ExportedProgram
 
 from compile_modes import _compat
 from compile_modes.errors import ExportError
 from compile_modes.exported.assigned import keeping_assignments
 from compile_modes.exported.binding import carry_out
+from compile_modes.exported.deciders import Explored, Probe, chain, depth_vector, explore, fresh
 from compile_modes.exported.pairing import Pairing, pair
 from compile_modes.exported.planning import Plan, plan_binding
 from compile_modes.exported.provenance import Source, flags, set_flags
-from compile_modes.graph.bodies import hoist_constants, own
+from compile_modes.exported.switches import OneGraph, differing
+from compile_modes.exported.traces import Unmatched, Vector, trace
+from compile_modes.graph.bodies import hoist_constants
 from compile_modes.graph.cumulative import exportable
 from compile_modes.graph.dual import DualModule, share
 from compile_modes.graph.folding import fold
@@ -22,7 +27,12 @@ from compile_modes.graph.sites import HARD_CODED, KEPT, Site, add_note, sites
 
 
 def export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, *, dynamic_shapes: Any = None
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    probe: bool = True,
 ) -> nn.Module:
     """Exports both modes of an eager model into one module whose ``train()`` and ``eval()`` are exact.
 
@@ -52,6 +62,14 @@ def export(
         )
     modes, before = flags(model), _digest(model)
     programs = {}
+
+    def probed(vector: Vector) -> ExportedProgram:
+        for name, submodule in model.named_modules():
+            submodule.training = vector(name)
+        with exportable(model):
+            program: ExportedProgram = _export(model, vector(""), args, kwargs, dynamic_shapes)
+        return program
+
     try:
         for training in (False, True):
             model.train(training)
@@ -63,10 +81,11 @@ def export(
                 where=type(model).__name__,
                 remedy="undo what its train() does to parameters and buffers (a merge of weights, say) before export",
             )
+        module = assemble(programs[True], programs[False], modes, explorer=Explorer(model, probed) if probe else None)
     finally:
         model.train(modes[""])  # for models whose train() does more
         set_flags(model, modes)
-    return assemble(programs[True], programs[False], modes)
+    return module
 
 
 def _digest(model: nn.Module) -> list[str]:
@@ -100,16 +119,110 @@ def _export(model: nn.Module, training: bool, args: Any, kwargs: Any, dynamic_sh
         ) from error
 
 
-def assemble(train: ExportedProgram, evaluation: ExportedProgram, modes: Mapping[str, bool]) -> nn.Module:
-    """The module of both modes, from its two exports; ``modes`` are those it starts with, by submodule."""
-    roots = train.module(), evaluation.module()
-    for root in roots:
-        own(root)
+@dataclass(frozen=True)
+class Explorer:
+    """A model that is at hand, to be exported in more modes."""
+
+    model: nn.Module
+    probe: Probe
+
+
+def assemble(
+    train: ExportedProgram,
+    evaluation: ExportedProgram,
+    modes: Mapping[str, bool],
+    between: Mapping[int, ExportedProgram] | None = None,
+    *,
+    explorer: Explorer | None = None,
+    together: bool = True,
+    followers: Collection[str] | None = None,
+) -> nn.Module:
+    """The module of both modes.
+
+    Args:
+        train, evaluation: the two exports.
+        modes: those it starts with, by submodule.
+        between: exports with modules training down to some depth.
+        explorer: makes such exports, where they are needed.
+        together: False if it is known that the two programs can't be one graph.
+        followers: modules that decide by their own mode, as far as known; those of all that differs if None.
+    """
+    roots = fresh(train), fresh(evaluation)
     found = pair(*roots)
-    module = _dual(*roots, found.difference) if found.difference else _single(roots[0], found)
+    between, difference = dict(between or {}), found.difference
+    explored: Explored | None = None
+    module: nn.Module | None = None if difference else _single(roots[0], found)
+    if difference and (explorer is not None or (between and together)):
+        try:
+            if explorer is not None:
+                explored = _explored(explorer, roots)
+                between, followers = explored.programs, explored.followers
+            module = _switched(roots, between, explored)
+        except Unmatched as why:
+            together, difference = False, f"{difference}; {why}" if str(why) not in difference else difference
+            roots = fresh(train), fresh(evaluation)
+    if module is None:
+        module = _dual(*roots, difference)
+        module.follow(_owners(train, evaluation) if followers is None else followers)
     set_flags(module, modes)
-    Source({"train": train, "eval": evaluation}).stay_with(module)
+    programs = {"train": train, "eval": evaluation, **{f"depth_{depth}": p for depth, p in between.items()}}
+    Source(programs, together=together, followers=followers).stay_with(module)
     return module
+
+
+def reassemble(
+    programs: Mapping[str, ExportedProgram], modes: Mapping[str, bool], together: bool, followers: Any
+) -> nn.Module:
+    """:func:`assemble` from the programs of a :class:`Source`, by their names there."""
+    names = [name for name in programs if name.startswith("depth_")]
+    between = {int(name.removeprefix("depth_")): programs[name] for name in names}
+    return assemble(programs["train"], programs["eval"], modes, between, together=together, followers=followers)
+
+
+def _explored(explorer: Explorer, roots: tuple[fx.GraphModule, fx.GraphModule]) -> Explored:
+    traces = trace(roots[1], depth_vector(-1)), trace(roots[0], depth_vector(math.inf))
+    try:
+        return explore(explorer.model, *traces, explorer.probe)
+    except ExportError as error:
+        raise Unmatched(f"no export in which modules are in different modes: {error.cause}") from error
+
+
+def _owners(train: ExportedProgram, evaluation: ExportedProgram) -> set[str]:
+    """The modules in which two programs differ, any of which may be the one that decides."""
+    try:
+        ops = differing(trace(fresh(evaluation), depth_vector(-1)), trace(fresh(train), depth_vector(math.inf)))
+    except Unmatched:
+        return set()
+    return {op.owner for op in ops}
+
+
+def _switched(
+    roots: tuple[fx.GraphModule, fx.GraphModule], between: Mapping[int, ExportedProgram], explored: Explored | None
+) -> nn.Module:
+    """One bound graph with switches.
+
+    Raises:
+        Unmatched: the programs can't be one, or not one that agrees with another export.
+    """
+    train, evaluation = roots
+    graph = OneGraph(chain(dict(between), evaluation, train))
+    for vector, root in explored.checks if explored is not None else ():
+        if why := graph.differs(root, vector):
+            raise Unmatched(f"in other modes, {why}")
+    share(train, evaluation)
+    merged = graph.emit()
+    by_node = {site.node: site for site in sites(train)}
+    for node in merged.kept_steps:  # counts in both modes: the model's own statement
+        if (step := by_node[node].step) is not None:
+            add_note(step, mode=KEPT)
+            by_node[node].step = None
+    bindable = [by_node[node] for node in (*merged.bound, *merged.inverted, *merged.switches)]
+    odd = [by_node[node] for node in merged.fixed]
+    odd += [site for site in by_node.values() if site.region is not None]
+    plan = _plan(bindable, odd, {by_node[node]: p for node, p in merged.inverted.items()})
+    plan.counting = [by_node[node] for node in merged.counting if by_node[node].step is not None]
+    carry_out(plan, train)
+    return train
 
 
 def _single(root: nn.Module, found: Pairing) -> nn.Module:

@@ -1,6 +1,6 @@
 """What a module with modes was made from, kept beside it for ``save``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -8,6 +8,7 @@ from torch.export import ExportedProgram
 
 from compile_modes.graph.bodies import bodies
 from compile_modes.graph.dual import DualModule
+from compile_modes.graph.flags import CELL
 
 _KEY = "compile_modes_source"
 
@@ -20,7 +21,11 @@ class Source:
         programs: Mapping[str, ExportedProgram],
         keep: Sequence[str] = (),
         dropout_p: Mapping[str, float] | None = None,
+        *,
+        together: bool = True,
+        followers: Collection[str] | None = None,
     ) -> None:
+        self.together, self.followers = together, None if followers is None else sorted(followers)
         self.programs, self.keep, self.dropout_p = dict(programs), list(keep), dict(dropout_p or {})
         self.code: list[str] = []
 
@@ -54,6 +59,10 @@ def set_flags(module: nn.Module, modes: Mapping[str, bool]) -> None:
     for name, mode in modes.items():
         if name in present:
             present[name].training = mode
+    for submodule in present.values():
+        for name, child in submodule._modules.items():
+            if name == CELL and child is not None:
+                child.training = submodule.training
 
 
 def _code(module: nn.Module) -> list[str]:
