@@ -200,8 +200,8 @@ class _Walk:
         complete = {a.name: given.get(a.name, self.value(side, a.default_value)) for a in schema}
         if row is not None:
             complete.pop(row.flag or row.p or "", None)
-            complete["owner"] = module_path(node)
-        return complete
+        # The same op of another module is decided by another one: both of them may run, or neither.
+        return complete | {"owner": module_path(node)}
 
     def decide(self, a: Site, b: Site) -> bool:
         """Notes what a pair of sites says; False if their probabilities differ by mode."""
