@@ -74,7 +74,7 @@ def explore(model: nn.Module, evaluation: Trace, train: Trace, probe: Probe) -> 
 
 def _decider(op: Op, low: float, high: float) -> str:
     try:
-        return decider_between(low, high)(op)
+        return decider_between(low, high)(op, [op])
     except Unmatched:
         return op.owner
 

@@ -21,8 +21,9 @@ from compile_modes.exported.standing import Values
 from compile_modes.exported.traces import Op, Trace, Unmatched, ancestors, map_values, values_of
 from compile_modes.exported.trees import Items, Piece, Place, Progress, Switch, Tree, path
 
-# The module whose flag decides whether an op that differs runs, or, of None, which output is returned.
-Decide = Callable[[Op | None], str]
+# The module whose flag decides whether an op that differs runs, or, of None, which output is returned; the second
+# argument is all that differs with it.
+Decide = Callable[[Op | None, Sequence[Op]], str]
 
 
 def merge(tree: Tree, program: Trace, decide: Decide) -> list[Piece]:
@@ -104,7 +105,8 @@ class Step(Progress):
         """Parts a stretch where another module decides."""
         for op in old:
             self.positions[op] = next(count)  # for ops that stay as they are; pieces overwrite it
-        sides = [[(d, list(ops)) for d, ops in itertools.groupby(side, key=self.decide)] for side in (old, new)]
+        decide = functools.partial(self.decide, stretch=[*old, *new])
+        sides = [[(d, list(ops)) for d, ops in itertools.groupby(side, key=decide)] for side in (old, new)]
         matcher = SequenceMatcher(None, [d for d, _ in sides[0]], [d for d, _ in sides[1]], autojunk=False)
         for tag, i1, i2, j1, j2 in matcher.get_opcodes():
             if tag == "equal":

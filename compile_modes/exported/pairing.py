@@ -47,6 +47,12 @@ class Pairing:
     left_out_steps: set[fx.Node] = field(default_factory=set)
     difference: str = ""
 
+    @property
+    def unclear(self) -> str:
+        """What only train has and may be decided by a module further out than its own; empty if there is nothing."""
+        regions = [region for region, _ in self.left_out if not region.covers]
+        return f"{_describe(regions[0].nodes[0], None)}" if regions else ""
+
     def copy(self) -> "Pairing":
         return Pairing(**{name: copy.copy(value) for name, value in vars(self).items()})
 

@@ -23,9 +23,13 @@ class Source:
         dropout_p: Mapping[str, float] | None = None,
         *,
         together: bool = True,
+        guess: bool = False,
         followers: Collection[str] | None = None,
     ) -> None:
-        self.together, self.followers = together, None if followers is None else sorted(followers)
+        #: how several programs make one module; JSON can hold it
+        self.known = {
+            "together": together, "guess": guess, "followers": None if followers is None else sorted(followers)
+        }  # fmt: skip
         self.programs, self.keep, self.dropout_p = dict(programs), list(keep), dict(dropout_p or {})
         self.code: list[str] = []
 

@@ -7,8 +7,8 @@ from torch import nn
 from compile_modes.archive import programs as archive
 from compile_modes.archive.container import FileLike, label
 from compile_modes.errors import ArchiveError
+from compile_modes.exported.assembling import reassemble
 from compile_modes.exported.binding import bind
-from compile_modes.exported.exporting import reassemble
 from compile_modes.exported.provenance import Source, flags, set_flags
 
 
@@ -44,7 +44,7 @@ def save(module: nn.Module, path: FileLike) -> None:
     held = dict(module.named_buffers(remove_duplicate=False)) | dict(module.named_parameters(remove_duplicate=False))
     names = {n for p in source.programs.values() for n in (*p.state_dict, *p.graph_signature.non_persistent_buffers)}
     notes: dict[str, Any] = {"flags": flags(module), "keep": list(source.keep), "dropout_p": dict(source.dropout_p)}
-    notes |= {"together": source.together, "followers": source.followers}
+    notes |= {"known": source.known}
     archive.write(path, source.programs, notes, {name: held[name] for name in names if name in held})
 
 
@@ -63,7 +63,7 @@ def load(path: FileLike) -> nn.Module:
     modes, keep, dropout_p = (notes.get(key) for key in ("flags", "keep", "dropout_p"))
     if isinstance(modes, dict) and isinstance(keep, list) and isinstance(dropout_p, dict):
         if programs.keys() >= {"train", "eval"}:
-            return reassemble(programs, modes, notes.get("together", False), notes.get("followers"))
+            return reassemble(programs, modes, notes.get("known", {"together": False}))
         if programs.keys() == {"model"}:
             module: nn.Module = bind(programs["model"], keep=keep, dropout_p=dropout_p or None)
             set_flags(module, modes)

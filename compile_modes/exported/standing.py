@@ -64,7 +64,9 @@ class Values:
         theirs, ours = self.step.piece_of.get(new), self.step.piece_of.get(top(old))
         later = max((p for p in (theirs, ours) if p is not None), key=lambda p: p.position, default=None)
         if later is None:
-            return self._select(self.step.decide(consumer), old, new, consumer)
+            return self._select(
+                self.step.decide(consumer, [consumer] if consumer is not None else []), old, new, consumer
+            )
         if isinstance(old, Phi) and any(items is old.switch.train for items in later.place):
             # Within a branch of the switch that the old value leaves: so does what takes its place.
             phi = Phi(old.switch, self._resolve(old.train, new, consumer), old.evaluation)

@@ -1,7 +1,7 @@
 """One graph for what Python decides by ``training``, module by module: switches between programs of several modes."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -9,7 +9,7 @@ from torch import fx
 from compile_modes.exported.aligning import align
 from compile_modes.exported.checking import all_ops, differs
 from compile_modes.exported.emitting import emit, prune
-from compile_modes.exported.merging import merge
+from compile_modes.exported.merging import Decide, merge
 from compile_modes.exported.traces import Op, Trace, Unmatched, Vector, depth_of, prefix, trace
 from compile_modes.exported.trees import Tree
 from compile_modes.exported.verdicts import decided
@@ -53,7 +53,7 @@ class OneGraph:
 
     Args:
         programs: at least that of eval mode (depth -1) and of train mode (depth infinite), by depth.
-        guess: whether the owner of an op is taken for the module that decides, where exports don't tell.
+        guess: whether the module around all that differs in one place is taken for the one that decides.
     """
 
     def __init__(self, programs: Sequence[Program], *, guess: bool = False) -> None:
@@ -105,12 +105,12 @@ def same_structure(programs: Sequence[Program]) -> None:
                 raise Unmatched(f"the structure of the {what}")
 
 
-def decider_between(low: float, high: float, *, guess: bool = False) -> Callable[[Op | None], str]:
+def decider_between(low: float, high: float, *, guess: bool = False) -> Decide:
     """Who decides what differs between two programs, if the modules that are ``low < depth <= high`` differ in mode."""
 
-    def decide(op: Op | None) -> str:
+    def decide(op: Op | None, stretch: Sequence[Op]) -> str:
         if guess:
-            return op.owner if op is not None else ""
+            return _around([op.owner for op in stretch])
         depth = int(min(depth_of(op.owner), high)) if op is not None else 0
         if depth <= low:
             of = f"{op.node.target} (owner {op.owner!r})" if op is not None else "what is returned"
@@ -121,6 +121,13 @@ def decider_between(low: float, high: float, *, guess: bool = False) -> Callable
         return prefix(op.owner, depth) if op is not None else ""
 
     return decide
+
+
+def _around(owners: Sequence[str]) -> str:
+    """The innermost module that is around all these."""
+    paths = [owner.split(".") if owner else [] for owner in owners]
+    shared = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
+    return ".".join(names[0] for names in shared)
 
 
 def differing(first: Trace, second: Trace) -> list[Op]:

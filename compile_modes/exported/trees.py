@@ -83,7 +83,7 @@ class Progress:
     """
 
     tree: Tree
-    decide: Callable[[Op | None], str]
+    decide: Callable[..., str]
     places: dict[Any, Place] = field(default_factory=dict)
     passed: dict[Op, Any] = field(default_factory=dict)
     env: dict[Op, Op] = field(default_factory=dict)

@@ -123,6 +123,11 @@ def bodies(root: nn.Module) -> list[Body]:
     return found
 
 
+def called(body: Body, node: fx.Node) -> list[Body]:
+    """The graphs that one node runs."""
+    return list(_children(body, node, {}))
+
+
 def _children(body: Body, node: fx.Node, turns: dict[str, int]) -> Iterator[Body]:
     if node.op == "call_module":
         target = str(node.target)
