@@ -5,6 +5,7 @@ from compile_modes.backend.warmup import warmup
 from compile_modes.errors import (
     ArchiveError,
     BindError,
+    CallError,
     CaptureError,
     CompileModesError,
     ExportError,
@@ -26,12 +27,16 @@ from compile_modes.exported.torchao import (
 )
 from compile_modes.graph.cumulative import exportable
 from compile_modes.graph.explain import explain
+from compile_modes.graph.finding import sites
 from compile_modes.graph.rewrite import Report, set_mode
-from compile_modes.graph.sites import Site, sites
+from compile_modes.graph.sites import Site
+
+__version__ = "0.1.0"  # the only place; packaging reads it from here
 
 __all__ = [
     "ArchiveError",
     "BindError",
+    "CallError",
     "CaptureError",
     "CompileModesError",
     "ExportError",

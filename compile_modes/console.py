@@ -6,9 +6,10 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from compile_modes.errors import CompileModesError
+from compile_modes import messages
 
 _UNBOUNDED = 1 << 20  # columns of the console that tables are drawn on
+_PIECE = 64  # rows that are drawn at a time
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -21,14 +22,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     Raises:
         CompileModesError: rich is not installed.
     """
-    rich = _rich("table", "console", "text")
+    rich = _rich("table", "console", "text", "cells")
     if rich is None:
-        raise CompileModesError("tables need rich, which is not installed", remedy="pip install rich")
-    drawn = rich["table"].Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for title in head:
-        drawn.add_column(rich["text"].Text(title), no_wrap=True)
-    for row in rows:
-        drawn.add_row(*map(rich["text"].Text, row))
+        raise messages.NO_RICH.error()
+    widths = [max(map(rich["cells"].cell_len, column)) for column in zip(head, *rows, strict=True)]
     stream = io.StringIO()
     # Said in full, for rich would otherwise ask the environment: COLUMNS, FORCE_COLOR, a notebook.
     console = rich["console"].Console(
@@ -40,7 +37,14 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         legacy_windows=False,
         _environ={},
     )
-    console.print(drawn)
+    # In pieces: what rich takes for a table grows with the square of its rows.
+    for start in range(0, max(len(rows), 1), _PIECE):
+        drawn = rich["table"].Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=start == 0)
+        for title, width in zip(head, widths, strict=True):
+            drawn.add_column(rich["text"].Text(title), no_wrap=True, min_width=width)
+        for row in rows[start : start + _PIECE]:
+            drawn.add_row(*map(rich["text"].Text, row))
+        console.print(drawn)
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
 
 

@@ -1,6 +1,13 @@
-"""What this package raises and warns with: each message says what was wrong, where, and what to do."""
+"""What this package raises and warns with: each message says what was wrong, where, and what to do.
+
+The types only; what they say stands in ``messages/``, each message under a code.
+"""
+
+from typing import TypeVar
 
 from compile_modes._compat import ShortenTraceback
+
+_E = TypeVar("_E", bound="CompileModesError")
 
 
 class CompileModesError(ShortenTraceback):
@@ -13,16 +20,31 @@ class CompileModesError(ShortenTraceback):
         cause: what was wrong, one sentence.
         where: the node, owner path, option or file that it is about.
         remedy: what the caller can do.
+        code: the entry of the catalogue, ``CM103`` say; the text begins with it.
     """
 
-    def __init__(self, cause: str, *, where: str = "", remedy: str = "") -> None:
-        self.cause, self.where, self.remedy = cause, where, remedy
-        lines = [cause]
-        if where:
-            lines.append(f"  where: {where}")
-        if remedy:
-            lines.append(f"  what to do: {remedy}")
-        super().__init__("\n".join(lines), first_useful_frame=None)
+    def __init__(self, cause: str, *, where: str = "", remedy: str = "", code: str = "") -> None:
+        self.cause, self.where, self.remedy, self.code = cause, where, remedy, code
+        super().__init__(text_of(cause, where, remedy, code), first_useful_frame=None)
+
+    @property
+    def headline(self) -> str:
+        """Code and cause, to be quoted within another message."""
+        return text_of(self.cause, "", "", self.code)
+
+    def at(self: _E, where: str) -> _E:
+        """The same error, about another place."""
+        return type(self)(self.cause, where=where, remedy=self.remedy, code=self.code)
+
+
+def text_of(cause: str, where: str, remedy: str, code: str) -> str:
+    """A message as it is shown; what is empty is left out."""
+    lines = [f"{code}: {cause}" if code else cause]
+    if where:
+        lines.append(f"  where: {where}")
+    if remedy:
+        lines.append(f"  what to do: {remedy}")
+    return "\n".join(lines)
 
 
 class BindError(CompileModesError):
@@ -41,6 +63,10 @@ class OverrideError(CompileModesError):
     """An explicit request for a mode matches no site, or a site that cannot be put into that mode."""
 
 
+class CallError(CompileModesError, TypeError):
+    """A call of a module with modes has other arguments than the program was exported with."""
+
+
 class CaptureError(CompileModesError):
     """The Dynamo graph could not be retraced to a pre-autograd ATen graph."""
 
@@ -49,9 +75,22 @@ class ArchiveError(CompileModesError):
     """A file can't be written or read; nothing is left of a file that could not be written whole."""
 
 
+class ExportedFile(ArchiveError):
+    """The file is what torch.export.load() reads."""
+
+
 class WarmupError(CompileModesError):
     """A module can't be warmed up, or a call of it has failed on the way; its state is as it was."""
 
 
 class ModeWarning(UserWarning):
-    """Something mode-dependent stays as it is, or a graph reaches Inductor without our stage."""
+    """Something mode-dependent stays as it is, a graph reaches Inductor without our stage, or a file is read in part.
+
+    Args:
+        text: what is shown; it begins with the code, so that ``warnings.filterwarnings`` can choose by it.
+        code: the entry of the catalogue, ``CM230`` say.
+    """
+
+    def __init__(self, text: str, *, code: str = "") -> None:
+        super().__init__(text)
+        self.code = code

@@ -1,4 +1,7 @@
+import logging
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,12 +10,26 @@ from torch._inductor import config as inductor_config
 
 from compile_modes import _compat, messages
 
+# Programs that tests start import what the tests themselves do; and one thread each, for all of it is small.
+HERE = Path(__file__).parent
+os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """Keeps pytest from listening to torch's structured trace, for which torch would put every graph into words."""
+    logging.getLogger("torch.__trace").handlers.clear()
+    yield
+
 
 @pytest.fixture(autouse=True)
 def _fresh(request: pytest.FixtureRequest) -> Iterator[None]:
     """Each test starts with no compiled code, no counts, no memory of warnings, and Inductor drawing as eager does."""
     torch._dynamo.reset()
-    for value in vars(request.module).values():
+    callspec = getattr(request.node, "callspec", None)
+    for value in (*vars(request.module).values(), *(callspec.params.values() if callspec else ())):
         if isinstance(value, torch.Tensor):
             vars(value).clear()  # Dynamo notes on inputs of dynamic=True that their sizes vary, and reset() leaves it
     counters.clear()

@@ -5,6 +5,11 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import nn
 
+IMAGE = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+VECTORS = torch.randn(6, 4, generator=torch.Generator().manual_seed(3))
+TOKENS = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(4))
+SEQUENCE = torch.randn(3, 7, 4, generator=torch.Generator().manual_seed(2))
+
 
 class Block(nn.Module):
     def __init__(self, cin: int, cout: int, p: float) -> None:
@@ -30,9 +35,6 @@ class ConvNet(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.drop(self.block2(self.drop(self.block1(x))))
         return F.dropout(self.fc(x.mean((2, 3))), 0.15, self.training)
-
-
-IMAGE = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
 class Small(nn.Module):
@@ -304,3 +306,39 @@ class Auxiliary(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         y = F.dropout(self.net(x) * self.scale + self.shift, 0.1, self.training)
         return (y, self.aux(y)) if self.training else y
+
+
+class FunctionalNorm(nn.Module):
+    """Calls batch norm's function, which counts nothing, on a module's state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bn = self.bn
+        return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, self.training, 0.2, 1e-3)
+
+
+class Twice(nn.Module):
+    """One batch norm called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(4, momentum=0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bn(self.bn(x) * 2)
+
+
+class BrokenBetween(nn.Module):
+    """Two dropouts, and a graph break between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Dropout(0.5), nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        return self.second(x)

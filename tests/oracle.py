@@ -7,8 +7,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from compile_modes.graph.bodies import Body, bodies, state_path
-from compile_modes.graph.sites import sites
+from graphs import Body, bodies, sites, state_path
 
 TOLERANCE = 1e-4
 
@@ -23,6 +22,7 @@ def agrees(
     flips: int = 3,
     steps: int = 3,
     touch: Callable[[nn.Module], Any] = lambda module: None,
+    generator: bool = True,
     tolerance: float = TOLERANCE,
 ) -> None:
     """Trains and evaluates both and asserts equal outputs, gradients, parameters and buffers after every step.
@@ -34,43 +34,119 @@ def agrees(
         oracle: what to call for the expected outputs instead of ``reference`` itself.
         flips: rounds of train and eval, of ``steps`` calls each.
         touch: applied to both after each flip, to freeze or wake parts.
+        generator: whether training must draw as many random numbers as eager does; evaluation always must.
         tolerance: largest absolute difference; 0.0 demands bit-equality.
     """
     call = module if call is None else call
     oracle = reference if oracle is None else oracle
-    theirs = dict(module.named_parameters())
-    assert theirs.keys() == dict(reference.named_parameters()).keys()
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9) for m in (reference, module)]
+    optimizers = sgd(reference, module, lr=0.05, momentum=0.9)
     for flip in range(flips):
         for mode in (True, False):
             for m in (reference, module):
                 assert m.train(mode) is m
                 touch(m)
             for step in range(steps):
-                seed = 100 * flip + step
-                outputs = [_run(f, inputs, seed) for f in (oracle, call)]
-                _same("output", *outputs, tolerance)
-                _same("RNG state", *_rng_after(oracle, call, inputs, seed), 0.0) if step == 0 and not mode else None
-                if mode:
-                    for output, optimizer in zip(outputs, optimizers, strict=True):
-                        optimizer.zero_grad()
-                        _loss(output).backward()
-                    for name, a in reference.named_parameters():
-                        b = theirs[name]
-                        assert (a.grad is None) == (b.grad is None), name
-                        if a.grad is not None:
-                            _same(f"gradient of {name}", a.grad, b.grad, tolerance)
-                    for optimizer in optimizers:
-                        optimizer.step()
-                same_state(reference, module, tolerance)
+                same_step(
+                    reference,
+                    module,
+                    call,
+                    inputs,
+                    oracle=oracle,
+                    optimizers=optimizers if mode else None,
+                    seed=100 * flip + step,
+                    generator=generator or not mode,
+                    tolerance=tolerance,
+                )
+
+
+def same_step(
+    reference: nn.Module,
+    module: nn.Module,
+    call: Callable[..., Any] | None = None,
+    inputs: Sequence[Any] = (),
+    *,
+    oracle: Callable[..., Any] | None = None,
+    optimizers: Sequence[torch.optim.Optimizer] | None = None,
+    seed: int = 0,
+    gradients: bool = True,
+    generator: bool = True,
+    tolerance: float = TOLERANCE,
+) -> tuple[Any, Any]:
+    """Calls both in the modes that they are in, and asserts equal outputs, gradients, random
+    numbers and state; returns the outputs.
+
+    Args:
+        optimizers: one for each of the two, if this is a step of training: the squares of the outputs are minimised.
+        seed: of the random numbers, the same for both.
+        gradients: whether the two have parameters of the same names, to compare gradients by.
+        generator: whether both must draw as many random numbers.
+    """
+    call = module if call is None else call
+    oracle = reference if oracle is None else oracle
+    outputs, generators = [], []
+    for f, optimizer in zip((oracle, call), optimizers or (None, None), strict=True):
+        outputs.append(seeded(f, *inputs, seed=seed))
+        if optimizer is not None:
+            optimizer.zero_grad()
+            loss(outputs[-1]).backward()
+        gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and optimizer is None else []
+        generators.append(torch.cat([torch.get_rng_state(), *gpus]))
+    same("output", *outputs, tolerance)
+    if generator:
+        same("RNG state", *generators, 0.0)
+    if optimizers is not None:
+        if gradients:
+            same_gradients(reference, module, tolerance)
+        for optimizer in optimizers:
+            optimizer.step()
+    same_state(reference, module, tolerance)
+    return outputs[0], outputs[1]
+
+
+def same_steps(
+    reference: nn.Module,
+    module: nn.Module,
+    call: Callable[..., Any] | None = None,
+    inputs: Sequence[Any] = (),
+    *,
+    steps: int = 3,
+    train: bool = True,
+    **options: Any,
+) -> None:
+    """Trains both in the modes that they are in, or only calls them: :func:`same_step` several times."""
+    optimizers = sgd(reference, module) if train else None
+    for seed in range(steps):
+        same_step(reference, module, call, inputs, optimizers=optimizers, seed=seed, **options)
+
+
+def sgd(*modules: nn.Module, **options: Any) -> list[torch.optim.Optimizer]:
+    """An optimizer for each module."""
+    return [torch.optim.SGD(module.parameters(), **{"lr": 0.05, **options}) for module in modules]
 
 
 def same_outputs(
-    reference: Callable[..., Any], call: Callable[..., Any], *inputs: torch.Tensor, seeds: int = 3
+    reference: Callable[..., Any],
+    call: Callable[..., Any],
+    *inputs: Any,
+    seeds: int = 3,
+    tolerance: float = 0.0,
+    **kwargs: Any,
 ) -> None:
-    """Asserts bit-equal outputs from the same seeds."""
+    """Asserts equal outputs from the same seeds, bit for bit unless a tolerance is given."""
     for seed in range(seeds):
-        _same("output", _run(reference, inputs, seed), _run(call, inputs, seed), 0.0)
+        outputs = (seeded(f, *inputs, seed=seed, **kwargs) for f in (reference, call))
+        same("output", *outputs, tolerance)
+
+
+def same_gradients(reference: nn.Module, module: nn.Module, tolerance: float = TOLERANCE) -> None:
+    """Asserts that parameters of the same names have equal gradients, or none."""
+    ours = dict(module.named_parameters())
+    assert ours.keys() == dict(reference.named_parameters()).keys()
+    for name, a in reference.named_parameters():
+        b = ours[name]
+        assert (a.grad is None) == (b.grad is None), name
+        if a.grad is not None:
+            same(f"gradient of {name}", a.grad, b.grad, tolerance)
 
 
 def same_state(reference: nn.Module, module: nn.Module, tolerance: float = TOLERANCE) -> None:
@@ -78,35 +154,33 @@ def same_state(reference: nn.Module, module: nn.Module, tolerance: float = TOLER
     ours = module.state_dict()
     assert ours.keys() == reference.state_dict().keys()
     for name, tensor in reference.state_dict().items():
-        _same(name, tensor, ours[name], tolerance if tensor.is_floating_point() else 0.0)
+        same(name, tensor, ours[name], tolerance if tensor.is_floating_point() else 0.0)
 
 
-def _run(call: Callable[..., Any], inputs: Sequence[torch.Tensor], seed: int) -> Any:
+def seeded(call: Callable[..., Any], *inputs: Any, seed: int = 0, **kwargs: Any) -> Any:
+    """What a call returns whose random numbers begin at a seed."""
     torch.manual_seed(seed)
-    return call(*inputs)
+    return call(*inputs, **kwargs)
 
 
-def _rng_after(reference: Any, call: Any, inputs: Sequence[torch.Tensor], seed: int) -> list[torch.Tensor]:
-    states = []
-    for f in (reference, call):
-        _run(f, inputs, seed)
-        gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        states.append(torch.cat([torch.get_rng_state(), *gpus]))
-    return states
-
-
-def _loss(output: Any) -> torch.Tensor:
+def loss(output: Any) -> torch.Tensor:
+    """What training minimises: the mean squares of all tensors."""
     tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
     return sum((t.float().square().mean() for t in tensors), torch.zeros(()))
 
 
-def _same(what: str, a: Any, b: Any, tolerance: float) -> None:
-    if not isinstance(a, torch.Tensor):
-        assert type(a) is type(b), what
-        for i, (x, y) in enumerate(zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True)):
-            _same(f"{what}[{i}]", x, y, tolerance)
+def same(what: str, a: Any, b: Any, tolerance: float) -> None:
+    """Asserts that tensors, or all leaves of two structures, are as close as the tolerance says."""
+    if isinstance(a, torch.Tensor):
+        torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance, msg=lambda m: f"{what}: {m}")
         return
-    torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance, msg=lambda m: f"{what}: {m}")
+    (leaves, structure), (others, other_structure) = pytree.tree_flatten(a), pytree.tree_flatten(b)
+    assert structure == other_structure, what
+    for i, (x, y) in enumerate(zip(leaves, others, strict=True)):
+        if isinstance(x, torch.Tensor):
+            same(f"{what}[{i}]", x, y, tolerance)
+        else:
+            assert x == y, f"{what}[{i}]"
 
 
 def text(root: nn.Module) -> str:

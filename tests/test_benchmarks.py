@@ -34,6 +34,7 @@ def run(tmp_path, *arguments):
     return done.stdout, {r["contender"]: r for r in written["results"]}
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_into_the_budget_is_not_run(tmp_path):
     output, results = run(tmp_path, "--budget", "1")
     assert {(r["status"], r["why"]) for r in results.values()} == {("not run", "the budget was spent")}

@@ -7,8 +7,7 @@ from expecttest import assert_expected_inline
 
 import compile_modes as cm
 from compile_modes import console
-
-from nets import Small  # isort: skip
+from nets import Small
 
 ROWS = [("aten.dropout", "a[red]b"), ("c", ":smile: " + "x" * 200)]
 
@@ -49,7 +48,7 @@ def test_without_rich_only_tables_fail(monkeypatch, capsys):
     assert_expected_inline(
         str(error.value),
         """\
-tables need rich, which is not installed
+CM901: tables need rich, which is not installed
   what to do: pip install rich""",
     )
     with console.progress("warming up", ["train"], show=True) as advance:

@@ -1,4 +1,7 @@
-"""The code of README.md and docs/, run in order, one namespace per file; a ``text`` block is what the code prints."""
+"""The code of README.md and docs/, run in order, one namespace per file; a ``text`` block is what the code prints.
+
+And the pages beside the guides: limits, API.
+"""
 
 import contextlib
 import io
@@ -10,12 +13,15 @@ import pytest
 import torch
 from torch import nn
 
-from compile_modes import _compat
+import compile_modes as cm
+from compile_modes import _compat, messages
+from compile_modes.messages.page import markdown
 
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"^```(?P<info>[^\n]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 FILES = [path for path in (ROOT / "README.md", *DOCS) if "```python" in path.read_text()]
+LIMITS = (ROOT / "docs" / "limits.md").read_text()
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 
 
@@ -89,3 +95,31 @@ def test_every_guide_is_in_the_index_and_links_lead_somewhere():
         for target in LINK.findall(path.read_text()):
             assert (path.parent / target).exists(), f"{path.name} links to {target}"
     assert "docs/README.md" in (ROOT / "README.md").read_text()
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+    assert set(re.findall(r"[\w-]+\.md", navigation)) == {path.name for path in DOCS}
+
+
+def test_every_public_name_is_on_its_page():
+    entries = re.findall(r"^::: compile_modes\.(.+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert sorted(entries) == sorted([*cm.__all__, "backend.pt2e_modes"])
+    assert all(getattr(cm, name).__doc__ for name in cm.__all__)
+
+
+def test_each_limit_says_who_enforces_it_and_what_to_do():
+    limits = re.split(r"^### ", LIMITS.partition("## The limits")[2], flags=re.MULTILINE)[1:]
+    assert [int(limit.partition(".")[0]) for limit in limits] == list(range(1, len(limits) + 1))
+    for limit in limits:
+        enforced = re.findall(r"^- Enforced: (.*)", limit, re.MULTILINE)
+        assert len(enforced) == len(re.findall("^- To do: .", limit, re.MULTILINE)) == 1, limit
+        assert re.match("refused|warned|listed|silent|torch", enforced[0]), limit
+        kinds = {messages.CATALOGUE[code].kind for code in re.findall(r"\[(CM\d+)\]", enforced[0])}
+        assert ("warned" in enforced[0]) is ("ModeWarning" in kinds), limit
+        assert ("refused" in enforced[0]) is any(kind.endswith("Error") for kind in kinds), limit
+
+
+def test_the_page_of_messages_is_current():
+    says = "run: python -m compile_modes.messages > docs/messages.md"
+    assert (ROOT / "docs" / "messages.md").read_text() == markdown(), says

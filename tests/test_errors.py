@@ -3,8 +3,7 @@ import torch
 from expecttest import assert_expected_inline
 
 import compile_modes as cm
-
-from nets import IMAGE, ConvNet  # isort: skip
+from nets import IMAGE, ConvNet
 
 
 def test_what_bind_says_of_an_eager_module():
@@ -14,7 +13,7 @@ def test_what_bind_says_of_an_eager_module():
     assert_expected_inline(
         str(error.value),
         """\
-ConvNet has no graph of ATen ops
+CM201: ConvNet has no graph of ATen ops
   what to do: export it first: torch.export.export(model, args); an eager module needs no binding""",
     )
 
@@ -27,7 +26,7 @@ def test_what_an_override_says_that_matches_nothing():
     assert_expected_inline(
         str(error.value),
         """\
-the pattern 'block1.bm' matches no mode-dependent site
+CM109: the pattern 'block1.bm' matches no mode-dependent site
   where: overrides['block1.bm']
   what to do: owners here: 'block1.bn', 'block2.bn', 'block1.drop'""",
     )
@@ -42,7 +41,7 @@ def test_what_a_misspelt_option_says(no_inductor):
     assert_expected_inline(
         str(error.value).split("\n\n")[0],
         """\
-'overides' is an option neither of pt2e_modes nor of Inductor
+CM122: 'overides' is an option neither of pt2e_modes nor of Inductor
   where: options
   what to do: did you mean 'overrides'?""",
     )

@@ -14,8 +14,7 @@ import torch
 from compile_modes import logs
 from compile_modes.backend import entry as backend
 from compile_modes.errors import CaptureError, ModeWarning
-
-from nets import Recurrent, Small  # isort: skip
+from nets import Recurrent, Small
 
 X = torch.randn(3, 4)
 

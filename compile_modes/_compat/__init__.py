@@ -5,6 +5,7 @@ Checked on torch 2.11.0, 2.13.0, 2.14.1 and 2.15.0. When torch moves one of thes
 retrace must not run, ``tracing`` the tracer.
 """
 
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,9 +38,10 @@ EXPORTED = "ExportedProgram.module()"
 GUARDS = "_guards_fn"
 
 # Higher-order ops that run their one body exactly once: a statement inside the body may as well stand before the call.
+AUTOCAST: HigherOrderOperator = torch.ops.higher_order.wrap_with_autocast
 UNCONDITIONAL_HOPS: tuple[HigherOrderOperator, ...] = (
     torch.ops.higher_order.wrap_with_set_grad_enabled,
-    torch.ops.higher_order.wrap_with_autocast,
+    AUTOCAST,
     torch.ops.higher_order.tag_activation_checkpoint,
 )
 
@@ -72,10 +74,25 @@ def refresh(module: nn.Module) -> None:
         kept = {name: value for name, value in vars(old).items() if name not in generated}
         module.__class__ = type(old.__name__, old.__bases__, {**kept, "__qualname__": old.__qualname__})
         module.recompile()
+        if "__signature__" in vars(module):
+            sign(module, vars(module)["__signature__"])
     else:  # UnflattenedModule and InterpreterModule keep a GraphModule beside their graph
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not reference an nn.Module.*")
             module.finalize()  # type: ignore[operator]
+
+
+def sign(module: nn.Module, signature: inspect.Signature) -> None:
+    """Lets ``inspect.signature`` of a module say the names of its arguments, and that of a generated ``forward``.
+
+    ``torch.export`` takes the names of a program's inputs from there. A generated ``forward`` has the arguments that
+    were exported by name in the order of that call, whatever their order in the model.
+    """
+    module.__dict__["__signature__"] = signature
+    if isinstance(module, fx.GraphModule):
+        first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        forward: Any = type(module).forward
+        forward.__signature__ = signature.replace(parameters=[first, *signature.parameters.values()])
 
 
 def value(node: fx.Node) -> Any:

@@ -9,12 +9,14 @@ import warnings
 from typing import Any
 
 import torch
+from torch import fx
 from torch._export.serde import serialize as serde
 from torch._export.serde.schema import ExportedProgram as ProgramSchema
 from torch._export.serde.schema import PayloadConfig
 from torch._export.serde.schema import PayloadMeta as PayloadMeta
 from torch._export.verifier import SpecViolationError as SpecViolationError
 from torch._export.verifier import TrainingIRVerifier as TrainingIRVerifier
+from torch._ops import HigherOrderOperator
 from torch.export import ExportedProgram
 from torch.export.pt2_archive._package import load_pt2
 
@@ -50,7 +52,7 @@ def payload_place(payload: PayloadMeta) -> tuple[torch.dtype, torch.device, tupl
 
 def program_to_bytes(program: torch.export.ExportedProgram, *stand_ins: dict[str, Any]) -> tuple[bytes, bytes]:
     """A program as JSON, and its example inputs, pickled; torch 2.11 pickles state and constants in vain as well."""
-    program = copy.copy(program)
+    program = copy.copy(readable(program))
     program._state_dict, program._constants = stand_ins
     artifact = serde.serialize(program)
     return artifact.exported_program, artifact.example_inputs
@@ -59,6 +61,40 @@ def program_to_bytes(program: torch.export.ExportedProgram, *stand_ins: dict[str
 def program_from_bytes(text: bytes, *held: Any) -> torch.export.ExportedProgram:
     """The program of :func:`program_to_bytes` around the very state, constants and example inputs given."""
     return serde.ExportedProgramDeserializer().deserialize(serde._bytes_to_dataclass(ProgramSchema, text), *held)
+
+
+def readable(program: ExportedProgram) -> ExportedProgram:
+    """A program of the same text that torch's reader takes back; the program itself where that needs nothing.
+
+    Of a call of a region that returns nothing (a batch norm run under no_grad for its statistics only), torch writes no
+    outputs, makes no ``meta["val"]`` of them when it reads, and refuses the node for that (seen on 2.14.1 and 2.15.0).
+    Where ``val`` is None it writes one output that is None, and reads that.
+    """
+    if not any(_returns_nothing(node) for gm in _graph_modules(program.graph_module) for node in gm.graph.nodes):
+        return program
+    program = copy.copy(program)
+    program._graph_module = _with_none_for_nothing(program.graph_module)
+    return program
+
+
+def _graph_modules(gm: fx.GraphModule) -> list[fx.GraphModule]:
+    return [module for module in gm.modules() if isinstance(module, fx.GraphModule)]
+
+
+def _returns_nothing(node: fx.Node) -> bool:
+    return isinstance(node.target, HigherOrderOperator) and node.meta.get("val", ()) in ((), [])
+
+
+def _with_none_for_nothing(gm: fx.GraphModule) -> fx.GraphModule:
+    copied = fx.GraphModule(gm, copy.deepcopy(gm.graph))  # nodes of its own, with dicts of meta of their own
+    copied.meta = dict(gm.meta)
+    for node in copied.graph.nodes:
+        if _returns_nothing(node):
+            node.meta["val"] = None
+    for name, body in gm.named_children():
+        if isinstance(body, fx.GraphModule):
+            setattr(copied, name, _with_none_for_nothing(body))
+    return copied
 
 
 def with_state(program: ExportedProgram, state: dict[str, Any], constants: dict[str, Any]) -> ExportedProgram:

@@ -15,6 +15,7 @@ import torch
 from torch.export.pt2_archive import PT2ArchiveWriter
 from torch.export.pt2_archive.constants import ARCHIVE_FORMAT_PATH, EXTRA_DIR, MODELS_DIR
 
+from compile_modes import messages
 from compile_modes.errors import ArchiveError
 
 FileLike: TypeAlias = str | os.PathLike[str] | IO[bytes]
@@ -26,10 +27,6 @@ _CHUNK = 1 << 24
 def label(file: FileLike) -> str:
     """How error messages call a file."""
     return os.fspath(file) if isinstance(file, str | os.PathLike) else f"a {type(file).__name__}"
-
-
-class ExportedFile(ArchiveError):
-    """The file is what torch.export.load() reads."""
 
 
 class Sink(io.RawIOBase):
@@ -96,7 +93,7 @@ def writing(file: FileLike) -> Iterator[Writer]:
                 yield Writer(archive, sink)
             sink.check()
     except OSError as error:
-        raise ArchiveError(f"the file can't be written: {error}", where=label(file)) from error
+        raise messages.NOT_WRITTEN.error(error=error, file=label(file)) from error
 
 
 @contextlib.contextmanager
@@ -110,9 +107,9 @@ def replacing(file: FileLike) -> Iterator[IO[bytes]]:
         return
     target = os.path.realpath(file)  # a link stays a link
     if os.path.isdir(target):
-        raise ArchiveError("the path is a directory", where=label(file), remedy="name a file in it")
+        raise messages.IS_DIRECTORY.error(file=label(file))
     if os.path.exists(target) and not os.path.isfile(target):  # a device, which os.replace() would do away with
-        raise ArchiveError("the path is not that of a regular file", where=label(file), remedy="name another one")
+        raise messages.NOT_A_FILE.error(file=label(file))
     directory, name = os.path.split(target)
     temporary = os.path.join(directory, f".{name[:100]}.{secrets.token_hex(8)}")
     try:
@@ -144,9 +141,9 @@ class Reader:
         if HEADER not in self._infos:
             raise _foreign(set(self._infos), self)
         if any(info.compress_type or info.flag_bits & 1 or info.file_size != info.compress_size for info in infos):
-            raise ArchiveError("some of its records are compressed or encrypted, which those of .pt2 files never are")
+            raise messages.COMPRESSED.error()
         if "byteorder" in self._infos and self.read("byteorder").decode() != sys.byteorder:
-            raise ArchiveError("the file was written on a machine of the other byte order")
+            raise messages.OTHER_BYTE_ORDER.error()
 
     def names(self, folder: str = "") -> list[str]:
         """The records whose name starts with ``folder``."""
@@ -188,42 +185,39 @@ def reading(file: FileLike) -> Iterator[Reader]:
     except ArchiveError as error:
         if error.where:
             raise
-        raise type(error)(error.cause, where=label(file), remedy=error.remedy) from error.__cause__
+        raise error.at(label(file)) from error.__cause__
     except FileNotFoundError as error:
-        raise ArchiveError("there is no such file", where=label(file)) from error
+        raise messages.NO_FILE.error(file=label(file)) from error
     except IsADirectoryError as error:
-        raise ArchiveError("the path is a directory", where=label(file), remedy="name a file in it") from error
+        raise messages.IS_DIRECTORY.error(file=label(file)) from error
     except PermissionError as error:
-        raise ArchiveError("the file can't be opened: permission denied", where=label(file)) from error
+        raise messages.NO_PERMISSION.error(file=label(file)) from error
     except MemoryError:
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ArchiveError(
-            f"the file is cut off or damaged ({reason})", where=label(file), remedy="get another copy, or save it again"
-        ) from error
+        raise messages.DAMAGED.error(reason=reason, file=label(file)) from error
 
 
 def _check_magic(start: bytes) -> None:
     if not start:
-        raise ArchiveError("the file is empty")
+        raise messages.EMPTY.error()
     if start.startswith(b"\x80"):
-        raise ArchiveError("the file is a pickle, not an archive", remedy="torch.load() reads what torch.save() wrote")
+        raise messages.IS_PICKLE.error()
     if not b"PK\x03\x04".startswith(start):
-        raise ArchiveError("the file is no .pt2 archive")
+        raise messages.NO_ARCHIVE.error()
 
 
 def _foreign(names: set[str], reader: Reader) -> ArchiveError:
     """What a zip without our header is."""
-    exported = "load it by torch.export.load() and give the program to compile_modes.bind()"
     if ARCHIVE_FORMAT_PATH in names:
         if reader.names(MODELS_DIR):
-            return ExportedFile("the file was written by torch.export.save(), not by compile_modes", remedy=exported)
-        return ArchiveError("the .pt2 archive holds no exported program", remedy="export and save a program")
+            return messages.IS_EXPORTED.error()
+        return messages.NO_PROGRAM.error()
     if "serialized_exported_program.json" in names:
-        return ArchiveError("the file was written by torch.export.save() of torch 2.7 or older", remedy=exported)
+        return messages.IS_OLD.error()
     if "constants.pkl" in names:
-        return ArchiveError("the file is a TorchScript archive", remedy="torch.jit.load() reads it")
+        return messages.IS_TORCHSCRIPT.error()
     if "data.pkl" in names:
-        return ArchiveError("the file was written by torch.save()", remedy="torch.load() reads it")
-    return ArchiveError("the file is a zip, but no .pt2 archive")
+        return messages.IS_TORCH_SAVE.error()
+    return messages.OTHER_ZIP.error()

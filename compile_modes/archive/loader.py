@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.export.pt2_archive import constants as layout
 
+from compile_modes import messages
 from compile_modes._compat import pt2
 from compile_modes.archive.container import Reader
 from compile_modes.archive.storages import CONFIGS, FOLDERS, PREFIXES
-from compile_modes.errors import ArchiveError
 
 
 class Place(NamedTuple):
@@ -80,14 +80,10 @@ def _unpickle(record: str, name: str, data: bytes) -> Any:
     """Unlike torch's own loader, this runs no code that the file names."""
     path = record.rpartition("/")[2]
     if not path.startswith((*PREFIXES.values(), layout.CUSTOM_OBJ_FILENAME_PREFIX)):
-        raise ArchiveError("the file holds a pickled Python object, which is not read", where=name)
+        raise messages.HOLDS_PICKLE.error(name=name)
     try:
         if path.startswith(layout.CUSTOM_OBJ_FILENAME_PREFIX):
             return pt2.script_object_from_bytes(data)
         return torch.load(io.BytesIO(data), weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
-        raise ArchiveError(
-            f"the value can't be read, or not without running code that the file names: {error}",
-            where=name,
-            remedy="import the package that defines its class, or call torch.serialization.add_safe_globals() first",
-        ) from error
+        raise messages.UNKNOWN_CLASS.error(error=error, name=name) from error

@@ -9,10 +9,9 @@ import torch
 from torch import nn
 from torch.export.pt2_archive import constants as layout
 
-from compile_modes import _compat
+from compile_modes import _compat, messages
 from compile_modes._compat import pt2
 from compile_modes.archive.container import Writer
-from compile_modes.errors import ArchiveError
 
 WEIGHTS, CONSTANTS = "weights", "constants"
 FOLDERS = {WEIGHTS: layout.WEIGHTS_DIR, CONSTANTS: layout.CONSTANTS_DIR}
@@ -45,11 +44,7 @@ class _Storage:
             _put(name, view, value)
         for name, (view, value) in pairs.items():
             if not torch.equal(_bits(view), _bits(value)):
-                raise ArchiveError(
-                    "the value shares its storage with another one, and the two disagree",
-                    where=f"state[{name!r}]",
-                    remedy="tied weights need equal values",
-                )
+                raise messages.TIES_DISAGREE.error(name=name)
         return flat
 
 
@@ -73,7 +68,7 @@ def _put(name: str, view: torch.Tensor, value: torch.Tensor) -> None:
     try:
         view.copy_(value)
     except RuntimeError as error:
-        raise ArchiveError(f"the value can't be stored: {error}", where=f"state[{name!r}]") from error
+        raise messages.NOT_STORED.error(error=error, name=name) from error
 
 
 class Pool:
@@ -150,11 +145,7 @@ class Pool:
 
     def _object(self, name: str, value: Any) -> str:
         if not isinstance(value, torch.ScriptObject):
-            raise ArchiveError(
-                f"a constant is a {type(value).__name__}, which could only be pickled",
-                where=name,
-                remedy="only tensors and TorchBind objects can be stored",
-            )
+            raise messages.PICKLED_CONSTANT.error(kind=type(value).__name__, name=name)
         return self._once(CONSTANTS, name, layout.CUSTOM_OBJ_FILENAME_PREFIX, value, value)
 
     def _once(self, kind: str, name: str, prefix: str, value: Any, stored: Any) -> str:
@@ -166,7 +157,7 @@ class Pool:
         """What the payload descriptions don't say: names of one tensor, and records that are one storage."""
         unknown = sorted(set(self._state) - self._used)
         if unknown:
-            raise ArchiveError("no program has such a value", where=", ".join(f"state[{name!r}]" for name in unknown))
+            raise messages.NO_SUCH_STATE.error(names=", ".join(f"state[{name!r}]" for name in unknown))
         ties = [names for names in self._names.values() if len(names) > 1]
         records = [[FOLDERS[kind] + path for (kind, _), path in s.records.items()] for s in self._storages.values()]
         return {"ties": ties, "records": [group for group in records if len(group) > 1]}
@@ -192,23 +183,15 @@ def _describe(name: str, value: torch.Tensor, new: torch.Tensor | None) -> Any:
     """torch's description of a tensor. Raises ArchiveError if it, or what is to be stored instead, can't be stored."""
     for where, tensor in ((name, value), (f"state[{name!r}]", value if new is None else new)):
         if not isinstance(tensor, torch.Tensor):
-            raise ArchiveError(f"the value is a {type(tensor).__name__}, not a tensor", where=where)
+            raise messages.NOT_A_TENSOR.error(kind=type(tensor).__name__, where=where)
         if tensor.is_meta or isinstance(tensor, _compat.FakeTensor):
-            raise ArchiveError(
-                "the tensor is fake, or on the meta device, and has no values",
-                where=where,
-                remedy="export with real weights",
-            )
+            raise messages.NO_VALUES.error(where=where)
     if new is not None and _kind(new) != _kind(value):
-        raise ArchiveError(
-            f"the program holds a {_kind(value)}, the new value is a {_kind(new)}",
-            where=f"state[{name!r}]",
-            remedy="export again after changing classes, dtypes or shapes",
-        )
+        raise messages.OTHER_KIND.error(before=_kind(value), now=_kind(new), name=name)
     try:
         return pt2.serialize_tensor_meta(value)
     except (KeyError, RuntimeError) as error:  # a layout without strides, a dtype without a number
-        raise ArchiveError(f"torch's archives can't hold a {_kind(value)}", where=name) from error
+        raise messages.NO_RECORD_FOR.error(kind=_kind(value), name=name) from error
 
 
 def _pickle(name: str, value: Any) -> bytes:
@@ -218,5 +201,5 @@ def _pickle(name: str, value: Any) -> bytes:
     try:
         torch.save(value, buffer)
     except Exception as error:  # whatever the class of the tensor raises
-        raise ArchiveError(f"torch.save() can't write a {_kind(value)}: {error}", where=name) from error
+        raise messages.NOT_PICKLED.error(kind=_kind(value), error=error, name=name) from error
     return buffer.getvalue()

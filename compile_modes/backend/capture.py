@@ -9,15 +9,13 @@ from torch import fx, nn
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from compile_modes import _compat
+from compile_modes import _compat, messages
 from compile_modes._compat import FakeTensor, frames, kept, tracing
 from compile_modes._compat.kept import Treatment
-from compile_modes.errors import CaptureError
+from compile_modes.graph.finding import sites
 from compile_modes.graph.functional import HIDDEN
-from compile_modes.graph.sites import sites
 
 _log = logging.getLogger(__name__)
-_REMEDY = "without overrides the graph compiles as stock Inductor compiles it"
 _RETURNS_INPUT = frozenset(
     {
         nn.functional.dropout, nn.functional.dropout1d, nn.functional.dropout2d, nn.functional.dropout3d,
@@ -49,11 +47,8 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
         raise
     except Exception as error:  # whatever the ops of the user's model raise on being traced again
         first_line = (str(error).splitlines() or [""])[0]
-        raise CaptureError(
-            f"the graph could not be retraced before autograd: {type(error).__name__}: {first_line}",
-            where=_failing_node(error),
-            remedy=_REMEDY,
-        ) from error
+        said = f"{type(error).__name__}: {first_line}"
+        raise messages.NOT_RETRACED.error(error=said, node=_failing_node(error)) from error
     captured.recompile()
     return captured
 

@@ -1,15 +1,14 @@
 """The backend ``pt2e_modes``: capture before autograd, put every site into its mode, hand over to Inductor."""
 
-import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.export.unflatten import UnflattenedModule
 
-from compile_modes import _compat, logs
+from compile_modes import _compat, logs, messages
 from compile_modes._compat import frames
 from compile_modes.backend.capture import capture
 from compile_modes.backend.mode_vectors import make_room
@@ -18,13 +17,13 @@ from compile_modes.backend.options import Options
 from compile_modes.backend.overrides import put_into_modes
 from compile_modes.backend.owners import Names, name_owners
 from compile_modes.backend.unreached import watch, watch_for
-from compile_modes.errors import CaptureError, ModeWarning
+from compile_modes.errors import CaptureError
 from compile_modes.forms.lower import lower
 from compile_modes.forms.saved_reads import keyed
-from compile_modes.graph.bodies import origin
+from compile_modes.graph.finding import sites
 from compile_modes.graph.functional import is_kept
-from compile_modes.graph.sites import BOUND, Site, sites
-from compile_modes.messages import warn_once
+from compile_modes.graph.sites import BOUND, Site
+from compile_modes.graph.view import View
 
 _warned_modules: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
@@ -71,42 +70,30 @@ def pt2e_modes(
     frames.name_graph_module()
     _warn_unbound(frames.frame_modules())
     if full := make_room((mode, repr(parsed)), parsed.mode_vectors):
-        warn_once(full)
+        messages.warn_once(full)
     try:
         captured = capture(gm, example_inputs)
     except CaptureError as error:
         if parsed.explicit:
             raise
         logs.left_to_stock(str(error))
-        warn_once(f"pt2e_modes hands a graph to Inductor as it came.\n{error}")
+        messages.AS_IT_CAME.warn_once(error=error.headline, where=error.where)
         return compile_fx(lower(gm, sites(gm)), example_inputs)
     if parsed.explicit:
         separate(captured)
-    found, names = sites(captured), Names.of_frame()
-    name_owners(captured, found, names)
+    names = Names.of_frame()
+    found = name_owners(View(captured), names)
     logs.graph("captured", captured)
     if not parsed.explicit:
         logs.modes(found, None)
         _warn_kept(found)
         return _compile_either(compile_fx, lower(captured, found), gm, example_inputs)
-    whole = frames.is_whole_frame(gm)
-    watch(parsed.training, parsed.overrides, (site.owner for site in found), whole=whole)
-    outside: dict[Site, nn.Module] = {}  # batch norms whose counter the graph can't reach
-    changed = put_into_modes(
-        captured,
-        found,
-        names,
-        parsed.training,
-        parsed.overrides,
-        parsed.dropout_p,
-        whole=whole,
-        refusal=lambda site, training: _refusal(site, training, outside),
-    )
-    captured = lower(captured, found)
-    logs.graph("rewritten", captured)
-    compiled = compile_fx(captured, example_inputs)
-    advanced = [weakref.ref(outside[site]) for site in changed if site in outside]
-    return _advancing(compiled, advanced) if advanced else compiled
+    whole, asked = frames.is_whole_frame(gm), (parsed.training, parsed.overrides)
+    watch(*asked, (site.owner for site in found), whole=whole)
+    decision = put_into_modes(captured, found, names, *asked, parsed.dropout_p, whole=whole, refusal=_refusal)
+    lowered = lower(captured, found)
+    logs.graph("rewritten", lowered)
+    return _advancing(compile_fx(lowered, example_inputs), decision.outside.values())
 
 
 def _at_compilation(_: Any) -> None:
@@ -133,7 +120,7 @@ def _compile_either(
         compiled = compile_fx(lower(gm, sites(gm)), example_inputs)
         first_line = (str(error).splitlines() or [""])[0]
         logs.left_to_stock(f"{type(error).__name__}: {error}")
-        warn_once(f"pt2e_modes hands a graph to Inductor as it came: {type(error).__name__}: {first_line}")
+        messages.INDUCTOR_FAILED.warn_once(error=f"{type(error).__name__}: {first_line}")
         return compiled
 
 
@@ -142,7 +129,7 @@ def _refusal(site: Site, training: bool, outside: dict[Site, nn.Module]) -> str:
     why = site.refusal(training)
     if not why or not training or site.counter is None or site.step is not None or site.counter_at is not None:
         return why
-    running_mean = origin(site.body, site.read(site.op.stats[0]))
+    running_mean = site.body.view.origin(site.read(site.op.stats[0]))
     owner = frames.pin_owner(running_mean) if running_mean is not None and running_mean.op == "placeholder" else None
     if owner is None:
         return why
@@ -152,24 +139,24 @@ def _refusal(site: Site, training: bool, outside: dict[Site, nn.Module]) -> str:
     return site.refusal(training)
 
 
-def _advancing(compiled: Callable[..., Any], owners: list["weakref.ref[nn.Module]"]) -> Callable[..., Any]:
+def _advancing(compiled: Callable[..., Any], owners: Iterable[nn.Module]) -> Callable[..., Any]:
+    """Has the counters of these batch norms advance with each call."""
+    references = [weakref.ref(owner) for owner in owners]
+
     def run(*args: Any) -> Any:
-        for owner in owners:
-            module = owner()
+        for reference in references:
+            module = reference()
             assert module is not None, "Dynamo's guards keep calls of dead modules away"
             module.num_batches_tracked.add_(1)  # type: ignore[operator]
         return compiled(*args)
 
-    return run
+    return run if references else compiled
 
 
 def _warn_kept(found: Sequence[Site]) -> None:
     left = sorted({f"{site.op} (owner {site.owner!r})" for site in found if is_kept(site.op)})
     if left:
-        warn_once(
-            "pt2e_modes hands a part of a graph to Inductor as it came, in the modes that its modules are in. "
-            f"Overrides would not reach {', '.join(left[:3])}{', ...' if left[3:] else ''}"
-        )
+        messages.PART_AS_IT_CAME.warn_once(sites=", ".join(left[:3]) + (", ..." if left[3:] else ""))
 
 
 def _exported(module: nn.Module) -> Iterator[nn.Module]:
@@ -193,9 +180,4 @@ def _warn_unbound(roots: Sequence[nn.Module]) -> None:
             bound = getattr(module, "meta", {}).get(BOUND) or any(site.bound for site in found)
             if found and not bound:
                 _warned_modules.add(module)
-                warnings.warn(
-                    f"an exported module with {len(found)} mode-dependent sites is compiled as it was exported: "
-                    "train() and eval() do not reach them. Call compile_modes.bind(module) before torch.compile.",
-                    ModeWarning,
-                    stacklevel=2,
-                )
+                messages.UNBOUND.warn(count=len(found))

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
-from compile_modes import _compat
+from compile_modes import _compat, messages
 from compile_modes._compat import frames
 from compile_modes._compat.passes import CustomGraphPass, as_in_backends, is_body, provenance
 from compile_modes.backend.capture import capture
@@ -18,8 +18,8 @@ from compile_modes.backend.owners import Names, name_owners
 from compile_modes.errors import CaptureError
 from compile_modes.forms.lower import lower
 from compile_modes.graph.requests import check_overrides
-from compile_modes.graph.sites import Site, sites
-from compile_modes.messages import warn_once
+from compile_modes.graph.sites import Site
+from compile_modes.graph.view import View
 
 
 class ModePass(CustomGraphPass):
@@ -60,12 +60,12 @@ class ModePass(CustomGraphPass):
         except CaptureError as error:
             if explicit:
                 raise
-            warn_once(f"ModePass leaves a graph as it came.\n{error}")
+            messages.PASS_LEAVES_GRAPH.warn_once(error=error.headline, where=error.where)
             return
         if explicit:
             separate(captured)
-        found, names = sites(captured), Names.of_frame()
-        name_owners(captured, found, names)
+        names = Names.of_frame()
+        found = name_owners(View(captured), names)
         if explicit:
             whole = frames.is_whole_frame(gm)
             put_into_modes(captured, found, names, self._training, self._overrides, whole=whole, refusal=_refusal)
@@ -95,14 +95,14 @@ class ModePass(CustomGraphPass):
 def _retraced(gm: fx.GraphModule) -> fx.GraphModule:
     inputs = [_compat.value(placeholder) for placeholder in gm.graph.find_nodes(op="placeholder")]
     if any(value is None for value in inputs):
-        raise CaptureError("nothing is known of the inputs of the graph", remedy="compile it with torch.compile")
+        raise messages.UNKNOWN_INPUTS.error()
     return capture(gm, inputs)
 
 
-def _refusal(site: Site, training: bool) -> str:
+def _refusal(site: Site, training: bool, _: dict[Site, nn.Module]) -> str:
     why = site.refusal(training)
     if why and training and site.counter is not None and site.step is None and site.counter_at is None:
-        return f'{why};\n    switch the module to train, or use the backend "pt2e_modes"'
+        return messages.OUT_OF_PASS.reason(why=messages.parted(why)[1])
     return why
 
 

@@ -6,8 +6,10 @@ from typing import Any
 
 from torch.utils.weak import WeakIdKeyDictionary
 
+from compile_modes import messages
 from compile_modes._compat import frames
 from compile_modes._compat.cache import Compilation, entry_id, evict, limits, uncount
+from compile_modes.errors import ModeWarning
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class _Known:
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def make_room(options: Hashable, keep: int | None) -> str:
+def make_room(options: Hashable, keep: int | None) -> ModeWarning | None:
     """Called within each compilation: drops entries of the function's cache, or says that it is full.
 
     With ``keep``, at most so many vectors remain, those used last and the one being compiled, each with at most
@@ -39,11 +41,11 @@ def make_room(options: Hashable, keep: int | None) -> str:
         keep: the option ``mode_vectors``.
 
     Returns:
-        A warning, if the next new vector would run in eager mode; or "".
+        A warning, if the next new vector would run in eager mode; or None.
     """
     compilation = Compilation.current()
     if compilation is None:
-        return ""
+        return None
     known: dict[str, _Known] = _known.setdefault(compilation.code, {})
     kinds = tuple(type(module) for root in frames.frame_modules() for module in root.modules())
     new = known[compilation.id] = _Known((options, kinds), compilation.flags())
@@ -55,12 +57,8 @@ def make_room(options: Hashable, keep: int | None) -> str:
         return _says_full(compilation, known, sum(map(compilation.counts, entries)) + 1, limit)
     _drop(entries, known, new, keep, limit)
     if compilation.ordinal + 1 < accumulated:
-        return ""
-    return (
-        f"{_name(compilation)} has been compiled {compilation.ordinal + 1} times, and Dynamo compiles no function "
-        "more often:\nnew combinations of modes run in eager mode.\n"
-        "  what to do: raise the option mode_vectors or torch._dynamo.config.accumulated_recompile_limit"
-    )
+        return None
+    return messages.COMPILED_TOO_OFTEN.warning(function=_name(compilation), count=compilation.ordinal + 1)
 
 
 def _drop(entries: list[Any], known: dict[str, _Known], new: _Known, keep: int, limit: int) -> None:
@@ -79,17 +77,11 @@ def _drop(entries: list[Any], known: dict[str, _Known], new: _Known, keep: int, 
             evict(entry)
 
 
-def _says_full(compilation: Compilation, known: dict[str, _Known], used: int, limit: int) -> str:
+def _says_full(compilation: Compilation, known: dict[str, _Known], used: int, limit: int) -> ModeWarning | None:
     vectors = len({its.vector for its in known.values()})
     if used < limit or 2 * vectors <= used:  # shapes or other objects, not modes, fill the cache
-        return ""
-    return (
-        f"{_name(compilation)} is now compiled for {vectors} combinations of modes, and Dynamo has no room for more:\n"
-        "the next new one runs in eager mode, or raises if fullgraph=True.\n"
-        f"  what to do: raise torch._dynamo.config.recompile_limit ({limit}), or pass "
-        'options={"mode_vectors": N},\n'
-        "  which keeps the N combinations that were used last, and compiles others again"
-    )
+        return None
+    return messages.CACHE_FULL.warning(function=_name(compilation), count=vectors, limit=limit)
 
 
 def _name(compilation: Compilation) -> str:

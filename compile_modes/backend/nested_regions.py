@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
+from compile_modes import messages
 from compile_modes._compat import kept
-from compile_modes.errors import CaptureError
-from compile_modes.graph.bodies import Body, attribute, dynamo_path, module_path, state_path
+from compile_modes.graph.owners import dynamo_path, module_path
+from compile_modes.graph.view import View, attribute
 
 
 @dataclass(frozen=True)
@@ -76,15 +77,12 @@ def _renaming(root: fx.GraphModule, first: _Call, call: _Call) -> tuple[str, str
     # A region that is no method: only its operands tell.
     if first.holder is not root or call.holder is not root:
         return "", ""
-    body = Body(root)
+    state = View(root).state
     pairs = zip(first.node.args, call.node.args, strict=True)
-    found = {_differing(state_path(body, a), state_path(body, b)) for a, b in pairs} - {("", "")}
+    found = {_differing(state[a], state[b]) for a, b in pairs} - {("", "")}
     if len(found) > 1:
-        raise CaptureError(
-            f"{call.node.target} runs one graph for several modules, and which of them can't be told",
-            where=", ".join(sorted(path for _, path in found)),
-            remedy="mark a method of the module as nested_compile_region, or leave training and overrides out",
-        )
+        modules = ", ".join(sorted(path for _, path in found))
+        raise messages.SHARED_GRAPH.error(call=call.node.target, modules=modules)
     return next(iter(found), ("", ""))
 
 

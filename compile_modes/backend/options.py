@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from compile_modes.errors import OptionError
+from compile_modes import messages
 from compile_modes.graph.requests import check_overrides, check_probabilities
 
 _OWN_OPTIONS = ("training", "overrides", "dropout_p", "mode_vectors")
@@ -33,24 +33,18 @@ class Options:
         """Validates ``mode=`` and ``options=`` of ``torch.compile``; raises OptionError."""
         modes = list(torch._inductor.list_mode_options())
         if mode is not None and mode != "default" and mode not in modes:
-            raise OptionError(f"{mode!r} is not a mode of torch.compile", where="mode", remedy=_near(mode, modes))
+            raise messages.NOT_A_COMPILE_MODE.error(mode=mode, suggestion=_near(mode, modes))
         given = dict(options or {})
         training = given.pop("training", None)
         overrides = check_overrides(training, given.pop("overrides", None))
         dropout_p = check_probabilities(given.pop("dropout_p", None))
         vectors = given.pop("mode_vectors", None)
         if vectors is not None and (type(vectors) is not int or vectors < 1):
-            raise OptionError(
-                f"mode_vectors is {vectors!r}", where="options", remedy="pass how many to keep, at least 1"
-            )
+            raise messages.NOT_A_NUMBER.error(vectors=vectors)
         known = torch._inductor.list_options()
         for key in given:
             if key.replace("-", "_") not in known:
-                raise OptionError(
-                    f"{key!r} is an option neither of pt2e_modes nor of Inductor",
-                    where="options",
-                    remedy=_near(key, [*_OWN_OPTIONS, *known]),
-                )
+                raise messages.UNKNOWN_OPTION.error(key=key, suggestion=_near(key, [*_OWN_OPTIONS, *known]))
         return cls(training, overrides, dropout_p, given, vectors)
 
 

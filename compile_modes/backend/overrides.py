@@ -1,21 +1,25 @@
 """Modes that options ask for against the flags: what a trace made under other flags lacks, and what it can't give."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import fx, nn
 
-from compile_modes import logs
+from compile_modes import logs, messages
 from compile_modes._compat import frames
 from compile_modes.backend.owners import Names
 from compile_modes.errors import OverrideError
 from compile_modes.graph.folding import unfold_literals
+from compile_modes.graph.ops import LOST_DROPOUT
 from compile_modes.graph.requests import MODES, no_match, owner_matches
 from compile_modes.graph.rewrite import Report, apply, assign
-from compile_modes.graph.sites import Site, add_note
-from compile_modes.messages import warn_once
+from compile_modes.graph.sites import Site
 
 # Read their flag to choose between a fast path and the same computation in parts.
 _SAME_IN_BOTH = (nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.MultiheadAttention)
+
+
+Refusal = Callable[[Site, bool, dict[Site, nn.Module]], str]
 
 
 def put_into_modes(
@@ -27,53 +31,84 @@ def put_into_modes(
     dropout_p: Mapping[str, float] | None = None,
     *,
     whole: bool,
-    refusal: Callable[[Site, bool], str] = Site.refusal,
-) -> tuple[Site, ...]:
-    """Rewrites a captured graph as asked, in place.
+    refusal: Refusal,
+) -> "Decision":
+    """Rewrites a captured graph, in place, as :func:`decide` decides, whose arguments it takes.
+
+    Warns:
+        ModeWarning: modules are asked to be in another mode than their flag says, which Python has read.
+    """
+    if overrides:
+        names.pin()
+    decision = decide(found, names, training, overrides, dropout_p, whole=whole, refusal=refusal)
+    if decision.decided:
+        about = id(names.everything.get("")), training, *overrides.items()
+        messages.DECIDED_IN_PYTHON.warn_once(*about, modules=", ".join(decision.decided[:5]))
+    logs.modes(found, decision.apply(captured))
+    return decision
+
+
+@dataclass
+class Decision:
+    """What is done to the sites of one captured graph. Nothing of the graph has changed before :meth:`apply`.
+
+    Attributes:
+        modes: the sites that are asked to be in a mode, each with that.
+        decided: modules, with their class, whose mode Python has read and that are asked to be in another one.
+        outside: batch norms that are woken and whose counter the graph can't reach, with the module that has it.
+    """
+
+    modes: list[tuple[Site, bool]] = field(default_factory=list)
+    decided: list[str] = field(default_factory=list)
+    outside: dict[Site, nn.Module] = field(default_factory=dict)
+
+    def apply(self, captured: fx.GraphModule) -> Report:
+        """Rewrites the graph, in place."""
+        report = apply(self.modes)
+        unfold_literals(captured)
+        captured.recompile()
+        return report
+
+
+def decide(
+    found: Sequence[Site],
+    names: Names,
+    training: bool | None,
+    overrides: Mapping[str, str],
+    dropout_p: Mapping[str, float] | None = None,
+    *,
+    whole: bool,
+    refusal: Refusal,
+) -> Decision:
+    """Finds out what options ask of the sites of a captured graph.
 
     Args:
-        captured: the graph.
-        found: its sites, owners under their full names.
+        found: the sites, owners under their full names. They learn of probabilities that the trace has lost.
         names: what is known of the modules of the compilation.
         training: the mode for all sites that no override names.
         overrides: ``{owner glob: "train" | "eval"}``.
         dropout_p: ``{owner glob: probability}`` of attention that was traced in eval.
         whole: whether the graph is all of a function, so that a pattern that matches nothing is an error; otherwise it
             may be meant for another part.
-        refusal: why a site can't be put into a mode.
-
-    Returns:
-        The sites that were put into another mode.
+        refusal: why a site can't be put into a mode; notes batch norms whose counter stands outside of the graph.
 
     Raises:
         OverrideError: a pattern matches no site, or a site can't be put into the mode asked for.
-
-    Warns:
-        ModeWarning: modules are asked to be in another mode than their flag says, which Python has read.
     """
-    owners = {site.owner for site in found}
-    if overrides:
-        names.pin()
     supply_dropout(found, dropout_p or {}, names)
     check_recurrent(names, training, overrides)
     if whole:
         overrides = check_patterns(overrides, found, names)
     else:
         check_names(overrides, names.everything)
+        owners = {site.owner for site in found}
         overrides = {p: m for p, m in overrides.items() if any(owner_matches(o, p) for o in owners)}
-    if decided := decided_by_python(found, names, training, overrides):
-        warn_once(
-            f"{', '.join(decided[:5])} read their training flag in Python, where options can't reach: what "
-            "depends on it stays as the flag says.\n  what to do: set the flag, by train() or eval() of the module",
-            id(names.everything.get("")), training, *overrides.items(),
-        )  # fmt: skip
-    report = apply(captured, assign(found, training, overrides), refusal)
-    if report.refused:
-        raise refused(report)
-    logs.modes(found, report)
-    unfold_literals(captured)
-    captured.recompile()
-    return report.changed
+    decision = Decision(decided=decided_by_python(found, names, training, overrides))
+    decision.modes = assign(found, training, overrides)
+    stuck = [(s, why) for s, mode in decision.modes if (why := refusal(s, mode, decision.outside))]
+    if stuck:
+        raise refused(stuck)
+    return decision
 
 
 def wanted(owner: str, training: bool | None, overrides: Mapping[str, str]) -> bool | None:
@@ -96,7 +131,7 @@ def supply_dropout(found: Iterable[Site], dropout_p: Mapping[str, float], names:
         # Traced in train mode, and still without dropout. Exported modules only look alike: bind() has warned of them.
         never = module is not None and module.training and type(module) is not nn.Module and not _exported(module)
         if p:
-            add_note(site.node, p=float(p))
+            site.given_p = float(p)
         elif p is not None or never:
             site.modeless = True
 
@@ -126,24 +161,12 @@ def check_patterns(overrides: Mapping[str, str], found: Sequence[Site], names: N
             n for n in names.unclear for name in names.modules if _is_below(name, n) and owner_matches(name, pattern)
         }
         if unclear:
-            raise OverrideError(
-                f"the pattern {pattern!r} names parts of one of several exported modules that can't be told apart",
-                where=f"overrides[{pattern!r}], {', '.join(sorted(names.unclear))}",
-                remedy="set the flag, by train() or eval(): they have no state, by which a graph would show them",
-            )
+            raise messages.INDISTINCT.error(pattern=pattern, modules=", ".join(sorted(names.unclear)))
         fused = [s for s in found if s.op.inference and any(owner_matches(n, pattern) for n in _below(s.owner, names))]
         if fused:
-            raise OverrideError(
-                f"the pattern {pattern!r} names parts of a fused kernel of inference",
-                where=f"overrides[{pattern!r}], {fused[0]}",
-                remedy="call torch.backends.mha.set_fastpath_enabled(False) first, or run the model with gradients",
-            )
+            raise messages.PART_OF_KERNEL.error(pattern=pattern, site=fused[0])
         if read:
-            raise OverrideError(
-                f"the pattern {pattern!r} names modules that have no mode-dependent op: Python reads their flag",
-                where=f"overrides[{pattern!r}], {', '.join(read[:3])}",
-                remedy="set the flag itself, by train() or eval() of that module",
-            )
+            raise messages.READ_IN_PYTHON.error(pattern=pattern, modules=", ".join(read[:3]))
     return left
 
 
@@ -189,22 +212,14 @@ def check_recurrent(names: Names, training: bool | None, overrides: Mapping[str,
     for name, module in {**names.everything, **names.modules}.items():
         drops = isinstance(module, nn.RNNBase) and module.dropout and module.num_layers > 1
         if drops and wanted(name, training, overrides) not in (None, module.training):
-            raise OverrideError(
-                f"Dynamo leaves {type(module).__name__} modules to eager mode, where options can't reach",
-                where=f"owner {name!r}",
-                remedy="set torch._dynamo.config.allow_rnn = True, or set the flag, by train() or eval()",
-            )
+            raise messages.EAGER_RNN.error(kind=type(module).__name__, owner=name)
 
 
-def refused(report: Report) -> OverrideError:
+def refused(stuck: Sequence[tuple[Site, str]]) -> OverrideError:
     """The error for sites that can't be put into the mode that was asked for."""
-    lost = sorted({site.owner for site, _ in report.refused if site.lacks_p and not site.op.inference})
-    first = report.refused[0][0]
+    lost = sorted({s.owner for s, _ in stuck if s.lacks_p and (s.op is LOST_DROPOUT or not s.op.refusal)})
+    first = stuck[0][0]
     example = f"{{{first.owner!r}: {'train' if first.training else 'eval'!r}}}"
-    remedy = f"leave them out by a pattern of their own that comes first, such as {example}"
-    if lost:
-        remedy += f"; or say what it has lost, 0.0 for none: options={{'dropout_p': {{{lost[0]!r}: 0.1}}}}"
-    lines = [f"  {site}: {why}" for site, why in report.refused]
-    return OverrideError(
-        f"{len(lines)} sites can't be put into the mode that was asked for:\n" + "\n".join(lines), remedy=remedy
-    )
+    lines = [f"  {site}: {why}" for site, why in stuck]
+    said = {"count": len(lines), "sites": "\n".join(lines), "example": example}
+    return messages.SITES_LACK_P.error(**said, owner=lost[0]) if lost else messages.SITES_REFUSED.error(**said)

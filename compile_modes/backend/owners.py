@@ -14,10 +14,12 @@ from torch.export.unflatten import UnflattenedModule
 
 from compile_modes import _compat
 from compile_modes._compat import frames
-from compile_modes.graph.bodies import Body, bodies, dynamo_path, join
 from compile_modes.graph.dual import DualModule
+from compile_modes.graph.finding import find
 from compile_modes.graph.flags import CELL
-from compile_modes.graph.sites import Site, sites
+from compile_modes.graph.owners import dynamo_path, join
+from compile_modes.graph.sites import Site
+from compile_modes.graph.view import Body, View
 
 _VARIABLE = re.compile(r"[LG]\['[^']*'\]")
 
@@ -96,22 +98,23 @@ class Names:
         return found
 
 
-def name_owners(captured: fx.GraphModule, found: Iterable[Site], names: Names) -> None:
-    """Renames the owners of a captured graph's sites, in place, to their full names.
+def name_owners(view: View, names: Names) -> list[Site]:
+    """The sites of a captured graph, their owners under their full names.
 
     A site of an exported module, whose nodes say nothing of where the module stands, is found by the call that it
     belongs to: calls run the nodes of a program in its order, and read the state of one module. What stays unclear,
     for want of any state, keeps its name within the program.
     """
-    graphs = bodies(captured)
+    found = find(view)
     by_node = {site.node: site for site in found}
-    for call in _calls(graphs[0], names):
+    for call in _calls(view.main, names):
         inside = [by_node[node] for node in _nodes(call) if node in by_node]
         if call.programs:
             _name_exported(inside, call, names)
         else:
             for site in inside:
                 _name_traced(site, names)
+    return found
 
 
 def _name_traced(site: Site, names: Names) -> None:
@@ -190,10 +193,10 @@ def _calls(body: Body, names: Names) -> Iterator[_Call]:
 
 
 def _program(name: str, program: nn.Module) -> _Program:
-    by_node = {site.node: site for site in sites(program)}
-    root = bodies(program)[0]
-    inside = [by_node[node] for node in _nodes(_Call(root, {}, list(root.graph.nodes))) if node in by_node]
-    return _Program(name, tuple(inside), {_origin(node) or node.name: i for i, node in enumerate(root.graph.nodes)})
+    view = View(program)
+    by_node, nodes = {site.node: site for site in find(view)}, list(view.main.graph.nodes)
+    inside = [by_node[node] for node in _nodes(_Call(view.main, {}, nodes)) if node in by_node]
+    return _Program(name, tuple(inside), {_origin(node) or node.name: i for i, node in enumerate(nodes)})
 
 
 def _nodes(call: _Call) -> Iterator[fx.Node]:

@@ -10,12 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from compile_modes import _compat
+from compile_modes import _compat, messages
 from compile_modes._compat import frames
 from compile_modes.backend.overrides import check_names, wanted
 from compile_modes.errors import OptionError
 from compile_modes.graph.requests import check_overrides
-from compile_modes.messages import warn_once
 
 
 @dataclass
@@ -84,12 +83,8 @@ def _may_be_left(root: nn.Module, training: bool | None, overrides: Mapping[str,
     left = [n for n, module in named.items() if n not in known.met and asked[n] is not None and _has_a_mode(module)]
     lost = [f"{n!r} ({type(named[n]).__name__})" for n in left if asked[n] is not named[n].training]
     if lost:
-        warn_once(
-            f"{', '.join(lost[:5])} were in no graph that Dynamo compiled: if they ran, then in eager mode, "
-            "where options can't reach and flags count.\n  what to do: remove the graph break around them, which "
-            "TORCH_LOGS=graph_breaks shows; or set their flags, by train() or eval()",
-            id(root), training, *overrides.items(),
-        )  # fmt: skip
+        about = id(root), training, *overrides.items()
+        messages.NOT_COMPILED.warn_once(*about, modules=", ".join(lost[:5]))
     check_names(overrides, named)
     return bool(left) and not lost
 

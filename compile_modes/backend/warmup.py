@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from compile_modes import messages
 from compile_modes._compat.cache import is_compiled
 from compile_modes._compat.frames import graphs_compiled
 from compile_modes.backend.snapshot import Snapshot
 from compile_modes.console import progress as progress_bar
-from compile_modes.errors import CompileModesError, OptionError, OverrideError, WarmupError
+from compile_modes.errors import CompileModesError
 from compile_modes.graph.requests import MODES, check_overrides, owner_matches
 
 Mode = str | Mapping[str, str]
@@ -109,9 +110,9 @@ def _steps(module: nn.Module, modes: Any, grad: Any) -> list[_Step]:
     """Validates everything that can be before a module is touched."""
     modes = [modes] if isinstance(modes, str | Mapping) else modes
     if not isinstance(modes, Sequence) or not modes:
-        raise OptionError(f"modes is {modes!r}", where="modes", remedy='pass ("train", "eval")')
+        raise messages.NOT_MODES.error(modes=modes)
     if isinstance(grad, Mapping) and not grad.keys() <= MODES.keys():
-        raise OptionError(f"grad has keys {list(grad)}", where="grad", remedy="use 'train' and 'eval'")
+        raise messages.GRAD_KEYS.error(keys=list(grad))
     return [
         _Step(mode, wanted)
         for i, mode in enumerate(modes)
@@ -124,19 +125,15 @@ def _checked_mode(module: nn.Module, mode: Any, where: str) -> bool:
     if isinstance(mode, str) and mode in (*MODES, "current"):
         return MODES.get(mode, module.training)
     if not isinstance(mode, Mapping):
-        raise OptionError(
-            f"{mode!r} is not a mode", where=where, remedy="use 'train', 'eval', 'current' or {'layer1*': 'eval'}"
-        )
+        raise messages.NOT_A_STEP.error(mode=mode, where=where)
     check_overrides(None, mode, where)
     names = list(dict.fromkeys(name for name, _ in _named_modules(module)))
     for pattern in mode:
         if not any(owner_matches(name, pattern) for name in names):
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or names[1:4]
-            raise OverrideError(
-                f"the pattern {pattern!r} matches no module",
-                where=where,
-                remedy=f"names here: {', '.join(map(repr, near))}" if near else "the module has no submodules",
-            )
+            if not near:
+                raise messages.NO_SUBMODULES.error(pattern=pattern, where=where)
+            raise messages.NO_SUCH_MODULE.error(pattern=pattern, where=where, names=", ".join(map(repr, near)))
     return _asked(mode, "", module.training)
 
 
@@ -151,21 +148,16 @@ def _grads(grad: Any, training: bool) -> Sequence[Grad]:
         or not wanted
         or not all(isinstance(g, bool | str) and g in _GRADS for g in wanted)
     ):
-        raise OptionError(
-            f"{grad!r} is not a grad mode", where="grad", remedy='use True, False, "inference" or several'
-        )
+        raise messages.NOT_A_GRAD.error(grad=grad)
     return wanted
 
 
 def _check(module: nn.Module) -> None:
     if not isinstance(module, nn.Module) or not any(is_compiled(m) for m in module.modules()):
-        raise WarmupError(
-            f"nothing in {type(module).__name__} is compiled",
-            remedy='pass what torch.compile(module, backend="pt2e_modes") returns, or call module.compile() before',
-        )
+        raise messages.NOT_COMPILED_YET.error(kind=type(module).__name__)
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if nn.parameter.is_lazy(tensor):
-            raise WarmupError("a lazy module is not initialised yet", where=name, remedy="call the eager module once")
+            raise messages.LAZY.error(name=name)
 
 
 def _named_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -198,11 +190,8 @@ def _run(module: nn.Module, step: _Step, args: Sequence[Any], kwargs: Mapping[st
         raise
     except Exception as error:  # whatever the user's model, its hooks or a compiler raises
         first_line = (str(error).splitlines() or [""])[0]
-        raise WarmupError(
-            f"the module raised {type(error).__name__}: {first_line}",
-            where=f"warm-up in mode {step.title!r}",
-            remedy="call it with the same arguments, uncompiled; the module is as it was before the warm-up",
-        ) from error
+        said = f"{type(error).__name__}: {first_line}"
+        raise messages.CALL_FAILED.error(error=said, mode=step.title) from error
 
 
 def _cut_off(value: Any) -> Any:

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from compile_modes import messages
 from compile_modes.cli.files import Opened, check_free, open_file, write_program
-from compile_modes.errors import BindError, CompileModesError, OptionError
+from compile_modes.errors import BindError, CompileModesError
 from compile_modes.exported.programs import Request, prepare, refusals
 from compile_modes.graph.dual import DualModule
 from compile_modes.graph.explain import as_text, graph_text, survey, surveyed
@@ -36,10 +37,10 @@ _JSON = """\
   mode, overrides  what was asked for
   difference   of two programs, what they differ in besides modes
   programs     for each: program (a name, or null), sites, totals, remarks; a site has op, family, owner, mode,
-               held_by (once bound: flag, literal, hard-coded, kept, override), inverted, modeless, literals, and
-               limits (why it can't be put into "train" or "eval")
+               held_by (once bound: flag, literal, hard-coded, kept, override), inverted, modeless, literals,
+               limits (why it can't be put into "train" or "eval"), and codes, those of these reasons
   complaints   what isn't, or may not be, right in the mode that is asked for, if none is in the other mode
-  refused      sites that overrides name and that can't be put there: site and reason
+  refused      sites that overrides name and that can't be put there: site, code and reason
   graphs       with --graph: before and after, each with the text of a graph by name of the program
 """
 
@@ -116,7 +117,7 @@ def _import(name: str) -> None:
     try:
         importlib.import_module(name)
     except ImportError as error:
-        raise OptionError(f"the module can't be imported: {error}", where=f"--import {name}") from error
+        raise messages.NOT_IMPORTED.error(error=error, name=name) from error
 
 
 def _explain(args: argparse.Namespace) -> int:
@@ -135,8 +136,9 @@ def _report(opened: Opened, args: argparse.Namespace) -> dict[str, Any]:
         after = {name: graph_text(both.program(name == "train")) for name in opened.programs} if args.graph else {}
     else:
         request = _requested(opened, args)
-        report |= {"difference": None, "programs": [_program(request)], "complaints": request.complaints}
-        report["refused"] = [{"site": str(site), "reason": why} for site, why in request.refused]
+        report |= {"difference": None, "programs": [_program(request)], "complaints": [*map(str, request.complaints)]}
+        refused = [(str(site), *messages.parted(why)) for site, why in request.refused]
+        report["refused"] = [{"site": site, "code": code, "reason": text} for site, code, text in refused]
         after = {request.name: _after(request, args)} if args.graph else {}
     if args.graph:
         before = {name: graph_text(opened.programs[name].module()) for name in after}
@@ -159,13 +161,13 @@ def _program(request: Request) -> dict[str, Any]:
     """The sites in the modes that are asked for."""
     refused = {site for site, _ in request.refused}
     found = [site if site in refused else replace(site, training=mode) for site, mode in request.modes.items()]
-    part = None if request.holder is request.root else request.name
-    return surveyed(request.root, found, part, {site.node for site in request.overridden - refused})
+    part = None if request.holder is request.view.root else request.name
+    return surveyed(request.view, found, part, {site.node for site in request.overridden - refused})
 
 
 def _after(request: Request, args: argparse.Namespace) -> str:
     asks = args.mode is not None or args.override
-    return graph_text(request.carried_out().module() if asks else request.root)
+    return graph_text(request.carried_out().module() if asks else request.view.root)
 
 
 def _as_text(report: dict[str, Any]) -> str:
@@ -173,7 +175,7 @@ def _as_text(report: dict[str, Any]) -> str:
     bound = " and bound here" if report["writer"] == "torch.export.save" else ""
     title = f"{report['file']}, written by {report['writer']}(){bound}" + "".join(f", {item}" for item in asked)
     parts = [title, as_text(report), *report["complaints"]]
-    parts += [f"can't be overridden: {r['site']}: {r['reason']}" for r in report["refused"]]
+    parts += [f"can't be overridden: {r['site']}: {r['code']}: {r['reason']}" for r in report["refused"]]
     for when, graphs in report.get("graphs", {}).items():
         parts += [f"{when} ({name}):\n{graph}" for name, graph in graphs.items()]
     return "\n\n".join(parts)
@@ -183,9 +185,9 @@ def _bake(args: argparse.Namespace) -> int:
     if not args.force:
         check_free(args.output)
     request = _requested(open_file(args.file), args)
-    said = [text for text in (refusals(request), *request.complaints) if text]
-    for text in said:
-        print(f"{'warning' if args.allow_stuck else 'error'}: {text}", file=sys.stderr)
+    said = [*refusals(request), *request.complaints]
+    for warning in said:
+        print(f"{'warning' if args.allow_stuck else 'error'}: {warning}", file=sys.stderr)
     if said and not args.allow_stuck:
         print("nothing is written; --allow-stuck leaves that as it is", file=sys.stderr)
         return STUCK

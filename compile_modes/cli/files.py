@@ -11,9 +11,11 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from compile_modes import messages
 from compile_modes._compat import pt2
-from compile_modes.archive.container import ExportedFile, Sink, replacing
-from compile_modes.errors import ArchiveError, ModeWarning
+from compile_modes.archive import programs as archive
+from compile_modes.archive.container import Sink, replacing
+from compile_modes.errors import ExportedFile, ModeWarning
 from compile_modes.exported.provenance import Source
 from compile_modes.exported.saving import load
 
@@ -44,6 +46,7 @@ def open_file(path: str) -> Opened:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ModeWarning)  # of binding; explain and bake say what is left of it
+            warnings.filterwarnings("default", messages.EXAMPLES_LEFT_OUT.code, ModeWarning)
             module = load(path)
     except ExportedFile:
         program = _exported(path)
@@ -56,21 +59,16 @@ def open_file(path: str) -> Opened:
 def _exported(path: str) -> ExportedProgram:
     with open(path, "rb") as stream:
         if damage := _damage(stream):
-            raise ArchiveError(
-                f"the file is damaged: {damage}", where=path, remedy="get another copy, or save it again"
-            )
+            raise messages.PROGRAM_DAMAGED.error(damage=damage, file=path)
         stream.seek(0)
         try:
             programs = pt2.load_programs(stream)
         except Exception as error:  # torch raises whatever its deserializer comes across
-            raise ArchiveError(
-                f"torch {torch.__version__} can't load the program: {type(error).__name__}: {_first_line(error)}",
-                where=path,
-                remedy="import what registers its operators and types (--import), or use the torch that wrote it",
-            ) from error
+            said = f"{type(error).__name__}: {_first_line(error)}"
+            raise messages.PROGRAM_NOT_LOADABLE.error(torch=torch.__version__, error=said, file=path) from error
     if programs.keys() != {"model"}:
         names = ", ".join(map(repr, programs))
-        raise ArchiveError(f"the file holds the programs {names}", where=path, remedy="save one by torch.export.save()")
+        raise messages.SEVERAL_PROGRAMS.error(names=names, file=path)
     return programs["model"]
 
 
@@ -87,29 +85,31 @@ def _damage(stream: IO[bytes]) -> str:
 def check_free(path: str) -> None:
     """Raises ArchiveError if there is such a file; what else may be wrong with a path shows when it is written to."""
     if os.path.lexists(path) and not os.path.isdir(path):
-        raise ArchiveError("the file exists", where=path, remedy="name another one, or use --force")
+        raise messages.EXISTS.error(file=path)
 
 
 def write_program(program: ExportedProgram, path: str) -> None:
     """Writes a program with torch.export.save(); the file appears whole or not at all, in place of one that is there.
 
     Raises:
-        ArchiveError: the file can't be written, or torch can't serialize the program.
+        ArchiveError: the file can't be written, or torch can't serialize the program, or not so that it could be read
+            back.
     """
+    archive.to_bytes("model", program)  # ahead of the file: what it raises says why
     try:
         with replacing(path) as stream:
             _save(program, stream)
     except OSError as error:
-        raise ArchiveError(f"the file can't be written: {error.strerror or error}", where=path) from error
+        raise messages.NOT_WRITTEN.error(error=error.strerror or error, file=path) from error
 
 
 def _save(program: ExportedProgram, stream: Any) -> None:
     sink: Any = Sink(stream)
     try:
-        torch.export.save(program, sink)
+        torch.export.save(pt2.readable(program), sink)
     except Exception as error:  # torch raises whatever its serializer comes across
         reason = f"{type(error).__name__}: {_first_line(error)}"
-        raise ArchiveError(f"torch can't serialize the program: {reason}") from error
+        raise messages.NOT_SERIALIZED.error(error=reason, where="") from error
     sink.check()
 
 

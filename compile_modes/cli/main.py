@@ -1,10 +1,16 @@
-"""Command line: ``python -m compile_modes`` and demo, explain or bake."""
+"""Command line: ``compile-modes``, or ``python -m compile_modes``, and demo, explain or bake."""
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+import torch
+
+import compile_modes
 from compile_modes.cli import commands
+
+SCRIPT = "compile-modes"  # its name in pyproject.toml
 
 # Distributions of the "demo" extra, by the module that they bring.
 _DEMO_EXTRA = {"sklearn": "scikit-learn", "rich": "rich"}
@@ -22,9 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    script = Path(sys.argv[0]).stem == SCRIPT
     parser = argparse.ArgumentParser(
-        prog="python -m compile_modes", description="train() and eval() in compiled models"
+        prog=SCRIPT if script else "python -m compile_modes", description="train() and eval() in compiled models"
     )
+    versions = f"compile_modes {compile_modes.__version__}, torch {torch.__version__}"
+    parser.add_argument("--version", action="version", version=versions)
     subparsers = parser.add_subparsers(dest="command", title="commands")
     demo = subparsers.add_parser("demo", help="train an exported CNN on digits, and compare with an eager twin")
     demo.add_argument(

@@ -7,8 +7,8 @@ from typing import Any
 from torch import fx, nn
 
 from compile_modes.exported.traces import Graph, Held, Op, map_values
-from compile_modes.graph.bodies import attribute
 from compile_modes.graph.ops import lookup
+from compile_modes.graph.view import attribute
 
 
 def align(first: list[Op], second: list[Op]) -> list[tuple[bool, list[Op], list[Op]]]:

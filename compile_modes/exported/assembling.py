@@ -1,7 +1,7 @@
 """The module of both modes, from the exports of a model: one graph with flags and switches, or two programs."""
 
+import inspect
 import math
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,9 @@ from typing import Any
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from compile_modes.errors import ExportError, ModeWarning
+from compile_modes import messages
+from compile_modes.errors import ExportError
+from compile_modes.exported.arguments import take_names
 from compile_modes.exported.binding import carry_out
 from compile_modes.exported.deciders import Explored, Probe, chain, depth_vector, explore, fresh
 from compile_modes.exported.pairing import Pairing, pair
@@ -17,10 +19,12 @@ from compile_modes.exported.planning import Plan, plan_binding
 from compile_modes.exported.provenance import Source, set_flags
 from compile_modes.exported.switches import OneGraph, differing
 from compile_modes.exported.traces import Unmatched, trace
-from compile_modes.graph.bodies import hoist_constants
 from compile_modes.graph.dual import DualModule, share
+from compile_modes.graph.edits import hoist_constants
+from compile_modes.graph.finding import find, sites
 from compile_modes.graph.folding import fold
-from compile_modes.graph.sites import HARD_CODED, KEPT, Site, add_note, sites
+from compile_modes.graph.sites import HARD_CODED, KEPT, Site, add_note
+from compile_modes.graph.view import View
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ def assemble(
     between: Mapping[int, ExportedProgram] | None = None,
     *,
     explorer: Explorer | None = None,
+    forward: inspect.Signature | None = None,
     guess: bool = False,
     together: bool = True,
     followers: Collection[str] | None = None,
@@ -49,12 +54,15 @@ def assemble(
         modes: those it starts with, by submodule.
         between: exports with modules training down to some depth.
         explorer: makes such exports, where they are needed.
+        forward: the signature of the model, if it is at hand.
         guess: whether to take the owners of ops for the modules that decide about them, without such exports.
         together: False if it is known that the two programs can't be one graph.
         followers: modules that decide by their own mode, as far as known; those of all that differs if None.
     """
     roots = fresh(train), fresh(evaluation)
     found = pair(*roots)
+    for root in roots:
+        take_names(root, forward)
     between, difference = dict(between or {}), found.difference or found.unclear
     explored: Explored | None = None
     module: nn.Module | None = None if difference else _single(roots[0], found)
@@ -63,10 +71,14 @@ def assemble(
             if explorer is not None:
                 explored = _explored(explorer, roots)
                 between, followers = explored.programs, explored.followers
-            module = _switched(roots, between, explored, guess)
+            graph = _merged(roots, between, explored, guess)
+            plain = not found.difference and graph.follows_owners  # masks, and whose they are is known now
+            module = _single(roots[0], found) if plain else _switched(roots, graph)
         except Unmatched as why:
             together, difference = False, f"{difference}; {why}" if str(why) not in difference else difference
             roots = fresh(train), fresh(evaluation)
+            for root in roots:
+                take_names(root, forward)
     if module is None:
         module = _dual(*roots, difference)
         module.follow(_owners(train, evaluation) if followers is None else followers)
@@ -102,25 +114,32 @@ def _owners(train: ExportedProgram, evaluation: ExportedProgram) -> set[str]:
     return {op.owner for op in ops}
 
 
-def _switched(
+def _merged(
     roots: tuple[fx.GraphModule, fx.GraphModule],
     between: Mapping[int, ExportedProgram],
     explored: Explored | None,
     guess: bool,
-) -> nn.Module:
-    """One bound graph with switches.
+) -> OneGraph:
+    """The programs as one, compared with exports in other modes.
 
     Raises:
-        Unmatched: the programs can't be one, or not one that agrees with another export.
+        Unmatched: they can't be one, or not one that agrees with another export.
     """
     train, evaluation = roots
     graph = OneGraph(chain(dict(between), evaluation, train), guess=guess)
     for vector, root in explored.checks if explored is not None else ():
         if why := graph.differs(root, vector):
             raise Unmatched(f"in other modes, {why}")
+    return graph
+
+
+def _switched(roots: tuple[fx.GraphModule, fx.GraphModule], graph: OneGraph) -> nn.Module:
+    """Binds the train program as the merged one."""
+    train, evaluation = roots
     share(train, evaluation)
     merged = graph.emit()
-    by_node = {site.node: site for site in sites(train)}
+    view = View(train)
+    by_node = {site.node: site for site in find(view)}
     for node in merged.kept_steps:  # counts in both modes: the model's own statement
         if (step := by_node[node].step) is not None:
             add_note(step, mode=KEPT)
@@ -128,16 +147,17 @@ def _switched(
     bindable = [by_node[node] for node in (*merged.bound, *merged.inverted, *merged.switches)]
     odd = [by_node[node] for node in merged.fixed]
     odd += [site for site in by_node.values() if site.region is not None]
-    plan = _plan(bindable, odd, {by_node[node]: p for node, p in merged.inverted.items()})
+    plan = _plan(view, bindable, odd, {by_node[node]: p for node, p in merged.inverted.items()})
     plan.counting = [by_node[node] for node in merged.counting if by_node[node].step is not None]
-    carry_out(plan, train)
+    carry_out(plan)
     return train
 
 
 def _single(root: nn.Module, found: Pairing) -> nn.Module:
     """Binds the train program as the pairing says."""
     calls = [fold(region, body) for region, body in found.left_out]
-    by_node = {site.node: site for site in sites(root)}
+    view = View(root)
+    by_node = {site.node: site for site in find(view)}
     bindable = [by_node[node] for node in (*found.bound, *found.inverted, *calls)]
     for site in by_node.values():
         if site.step in found.kept_steps:  # counts in both modes: the model's own statement
@@ -145,16 +165,16 @@ def _single(root: nn.Module, found: Pairing) -> nn.Module:
             site.step = None
     odd = [by_node[node] for node in found.fixed]
     odd += [site for site in by_node.values() if site.region is not None]  # a mask that eval has as well
-    plan = _plan(bindable, odd, {by_node[node]: p for node, p in found.inverted.items()})
+    plan = _plan(view, bindable, odd, {by_node[node]: p for node, p in found.inverted.items()})
     plan.counting = [site for site in odd if site.step in found.left_out_steps]
-    carry_out(plan, root)
+    carry_out(plan)
     return root
 
 
-def _plan(bindable: list[Site], odd: list[Site], inverted: Mapping[Site, float | None]) -> Plan:
+def _plan(view: View, bindable: list[Site], odd: list[Site], inverted: Mapping[Site, float | None]) -> Plan:
     modes = {site.owner: True for site in bindable}
     supplied = {site: p for site, p in inverted.items() if p is not None}
-    return Plan(True, True, modes, bindable, [], odd, set(), supplied=supplied, inverted=set(inverted))
+    return Plan(view, True, True, modes, bindable, [], odd, set(), supplied=supplied, inverted=set(inverted))
 
 
 def _dual(train: Any, evaluation: Any, difference: str) -> DualModule:
@@ -164,12 +184,11 @@ def _dual(train: Any, evaluation: Any, difference: str) -> DualModule:
             if site.training is (not mode):  # all flags had the program's mode, so this is no flag
                 add_note(site.node, mode=HARD_CODED)
     lost = _compare_by_owner(train, evaluation)
-    carry_out(plan_binding(train, ()), train)
+    carry_out(plan_binding(View(train), ()))
     for root in (train, evaluation):
         hoist_constants(root)
     share(train, evaluation)
-    plan = plan_binding(evaluation, (), lost)
-    carry_out(plan, evaluation)
+    carry_out(plan_binding(View(evaluation), (), lost))
     return DualModule(train, evaluation, difference)
 
 
@@ -193,17 +212,9 @@ def _compare_by_owner(train: nn.Module, evaluation: nn.Module) -> dict[str, floa
     return {owner: probabilities.pop() for owner, probabilities in lost.items() if len(probabilities) == 1}
 
 
-def say_guessed(module: nn.Module, remedy: str) -> None:
+def say_guessed(module: nn.Module) -> None:
     """Warns of switches whose modules were guessed."""
-    names = sorted({repr(s.owner) for s in sites(module) if s.op.family == "switch"}) if _is_one(module) else []
+    names = set() if isinstance(module, DualModule) else {s.owner for s in sites(module) if s.op.family == "switch"}
     if names:
-        warnings.warn(
-            f"what Python decides in {', '.join(names[:5])}{', ...' if names[5:] else ''} is taken to follow their own "
-            f"mode, which is a guess: it may follow that of a module around them.\n  what to do: {remedy}",
-            ModeWarning,
-            stacklevel=3,
-        )
-
-
-def _is_one(module: nn.Module) -> bool:
-    return not isinstance(module, DualModule)
+        shown = ", ".join(map(repr, sorted(names)[:5])) + (", ..." if len(names) > 5 else "")
+        messages.GUESSED.warn(modules=shown)

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from compile_modes.errors import ExportError
-from compile_modes.graph.bodies import join
+from compile_modes import messages
+from compile_modes.graph.owners import join
 
 _T = TypeVar("_T")
 _Buffers = dict[tuple[str, str], Any]
@@ -89,11 +89,7 @@ class _Forward:
         elif sum(other is before for other in self._before.values()) > 1:
             why = "and it has other names, under which eager keeps the old value"
         if why:
-            raise ExportError(
-                f"forward() assigns a buffer what can't be written into it: {why}",
-                where=f"buffer {path!r}",
-                remedy="write it in place: with torch.no_grad(): self.buffer.copy_(value)",
-            )
+            raise messages.ASSIGNED.error(why=why, buffer=path)
 
 
 def _buffers(model: nn.Module) -> _Buffers:

@@ -7,16 +7,16 @@ from typing import Any, NoReturn, TypeVar
 
 from torch import nn
 
-from compile_modes import _compat
-from compile_modes.errors import BindError
-from compile_modes.graph.bodies import Body, bodies
+from compile_modes import _compat, messages
 from compile_modes.graph.calls import FOLDED
 from compile_modes.graph.edits import set_argument
+from compile_modes.graph.finding import find
 from compile_modes.graph.flags import CELL, is_flag
 from compile_modes.graph.folding import unfold
 from compile_modes.graph.requests import check_overrides
 from compile_modes.graph.rewrite import editable, write_literal
-from compile_modes.graph.sites import KEPT, Site, add_note, note, sites
+from compile_modes.graph.sites import KEPT, Site, add_note, note
+from compile_modes.graph.view import Body, View
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -39,11 +39,12 @@ def bake(module: _M, training: bool | None = None) -> _M:
     """
     check_overrides(training, None)
     root = editable(module)
-    found = sites(root)
+    view = View(root)
+    found = find(view)
     bound = [site for site in found if site.bound]
     if found and not bound and training is not None:
-        raise BindError("no site is bound", where=type(root).__name__, remedy="use set_mode() on an unbound graph")
-    write_back(root, {s: bool(s.training) if training is None else training is not s.inverted for s in bound})
+        raise messages.NOTHING_BOUND.error(kind=type(root).__name__)
+    write_back(view, {s: bool(s.training) if training is None else training is not s.inverted for s in bound})
     for site in found:
         if note(site.node).get("mode") == KEPT:
             add_note(site.node, mode=None)
@@ -53,11 +54,11 @@ def bake(module: _M, training: bool | None = None) -> _M:
     return module
 
 
-def write_back(root: nn.Module, modes: Mapping[Site, bool]) -> None:
+def write_back(view: View, modes: Mapping[Site, bool]) -> None:
     """Writes modes into sites of a graph as literals, in place, and takes out what has read flags.
 
     Args:
-        root: the module with the graph.
+        view: the graphs.
         modes: the mode of all bound sites, and of any other.
     """
     edited: set[nn.Module] = set()
@@ -69,9 +70,9 @@ def write_back(root: nn.Module, modes: Mapping[Site, bool]) -> None:
     for site in reversed(list(modes)):  # what is within another call first
         if site.node.target in FOLDED:
             unfold(site.node, site.body)
-    for body in bodies(root):
+    for body in view.bodies:
         _drop_flags(body)
-    for submodule in list(root.modules()):
+    for submodule in list(view.root.modules()):
         for name in [name for name in submodule._modules if name.startswith(CELL)]:
             delattr(submodule, name)
     for edited_module in edited:
@@ -79,7 +80,7 @@ def write_back(root: nn.Module, modes: Mapping[Site, bool]) -> None:
 
 
 def _baked(method: str, *args: Any, **kwargs: Any) -> NoReturn:
-    raise BindError(f"{method}() cannot act on baked modes", remedy="call compile_modes.bind(module) first")
+    raise messages.BAKED.error(method=method)
 
 
 def _drop_flags(body: Body) -> None:

@@ -1,27 +1,31 @@
 """``bind``: flags that a graph reads, instead of literals that it has swallowed."""
 
 import operator
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from compile_modes import _compat
-from compile_modes.errors import BindError, CompileModesError, ModeWarning
+from compile_modes import _compat, messages
+from compile_modes._compat import copies
+from compile_modes.errors import CompileModesError, ModeWarning
 from compile_modes.exported import planning
+from compile_modes.exported.arguments import take_names
+from compile_modes.exported.faithful import lost_grad_mode
 from compile_modes.exported.lost import left_nothing, remark, remark_nothing
 from compile_modes.exported.provenance import Source
 from compile_modes.exported.recompose import recompose
 from compile_modes.graph import calls
-from compile_modes.graph.bodies import Body, attribute, bodies, join, own
+from compile_modes.graph.aliases import REUSED, reused
 from compile_modes.graph.dual import DualModule
-from compile_modes.graph.edits import attr_node, insert_dropout, insert_step, loosen_views, set_argument
-from compile_modes.graph.explain import reused
+from compile_modes.graph.edits import attr_node, insert_dropout, insert_step, loosen_views, own, set_argument
+from compile_modes.graph.finding import graph_root
 from compile_modes.graph.flags import CELL
+from compile_modes.graph.owners import join
 from compile_modes.graph.rewrite import make_one_node
-from compile_modes.graph.sites import BOUND, HARD_CODED, KEPT, Site, add_note, graph_root
+from compile_modes.graph.sites import BOUND, HARD_CODED, KEPT, Site, add_note
+from compile_modes.graph.view import Body, View, attribute
 
 
 def bind(exported: Any, *, keep: Sequence[str] = (), dropout_p: Mapping[str, float] | None = None) -> Any:
@@ -50,15 +54,17 @@ def bind(exported: Any, *, keep: Sequence[str] = (), dropout_p: Mapping[str, flo
 
     Warns:
         ModeWarning: some sites can't follow the flag, with the reason for each; or the program is decomposed and has
-            parts that are no sites any more; or an eval export has lost what modules may do in train.
+            parts that are no sites any more; or an eval export has lost what modules may do in train; or the export may
+            have lost a ``no_grad()`` inside an autocast region.
     """
     if isinstance(getattr(exported, "_orig_mod", exported), DualModule):
         if keep or dropout_p:
-            raise BindError("the module is bound already", remedy="pass keep and dropout_p when binding a program")
+            raise messages.BOUND_ALREADY.error()
         return exported  # bound when it was made
     root, plan, remarks = bind_root(exported, keep, dropout_p)
-    for text in [*planning.complaints(plan), *remarks]:
-        warnings.warn(text, ModeWarning, stacklevel=2)
+    lost = lost_grad_mode(View(root))
+    for warning in [*planning.complaints(plan), *remarks, *([lost] if lost else [])]:
+        messages.warn(warning)
     if isinstance(exported, torch.export.ExportedProgram):
         keep = [keep] if isinstance(keep, str) else keep
         Source({"model": exported}, keep=keep, dropout_p=dropout_p).stay_with(root)
@@ -68,7 +74,7 @@ def bind(exported: Any, *, keep: Sequence[str] = (), dropout_p: Mapping[str, flo
 
 def bind_root(
     exported: Any, keep: Sequence[str], dropout_p: Mapping[str, float] | None
-) -> tuple[nn.Module, planning.Plan, list[str]]:
+) -> tuple[nn.Module, planning.Plan, list[ModeWarning]]:
     """Binds as :func:`bind` does, without its warnings.
 
     Returns:
@@ -78,26 +84,29 @@ def bind_root(
     program = exported if isinstance(exported, torch.export.ExportedProgram) else None
     if program is not None:
         _restore_state(root, program)
-    recomposed = recompose(root, program)
-    gone = [] if recomposed.decomposed else left_nothing(root, program)
+    recomposed = recompose(View(root), program)
+    view = recomposed.view
+    gone = [] if recomposed.decomposed else left_nothing(view, program)
     try:
-        plan = planning.plan_binding(root, keep, dropout_p, gone)
+        plan = planning.plan_binding(view, keep, dropout_p, gone)
     except CompileModesError:
         recomposed.undo()
         raise
     if own(root):
-        plan = planning.plan_binding(root, keep, dropout_p, gone)
-    carry_out(plan, root)
+        plan = planning.plan_binding(View(root), keep, dropout_p, gone)
+    carry_out(plan)
+    take_names(root)
     trains = any(plan.modes.values()) or any(site.training for site in plan.kept)
     if recomposed.decomposed:
-        remarks = remark(root, program, trains)
+        remarks = remark(View(root), program, trains)
     else:
-        remarks = "" if trains else remark_nothing(root, plan.gone)
+        remarks = None if trains else remark_nothing(root, plan.gone)
     return root, plan, [remarks] if remarks else []
 
 
-def carry_out(plan: planning.Plan, root: nn.Module) -> None:
-    """Binds ``root`` as planned, and gives it the ``train()`` and ``eval()`` of nn.Module."""
+def carry_out(plan: planning.Plan) -> None:
+    """Binds a module as planned, and gives it the ``train()`` and ``eval()`` of nn.Module."""
+    root = plan.view.root
     for owner in {site.owner for site in plan.bindable}:
         _ensure_module(root, owner)
     _merge_aliases(root, plan.modes)
@@ -107,7 +116,7 @@ def carry_out(plan: planning.Plan, root: nn.Module) -> None:
     for site in plan.bindable:
         root.get_submodule(site.owner).training = plan.modes[site.owner]
         if reused(site):
-            add_note(site.node, reused=True)
+            add_note(site.node, **{REUSED: True})
     for site in plan.odd:
         add_note(site.node, mode=HARD_CODED)
     for site in plan.kept:
@@ -116,10 +125,12 @@ def carry_out(plan: planning.Plan, root: nn.Module) -> None:
         root.meta[BOUND] = True
     for site in plan.inverted:
         add_note(site.node, inverted=True)
-    edited = _bind_sites(root, plan)
-    for module in [root, *(body.module for body in bodies(root))]:
+    edited = _bind_sites(plan)
+    for module in [root, *(body.module for body in plan.view.bodies)]:
         module.__dict__.pop("train", None)  # the methods by which export forbids what now works
         module.__dict__.pop("eval", None)
+    if isinstance(root, fx.GraphModule):
+        copies.copy_compiled(root)
     for module in edited:
         _compat.refresh(module)
 
@@ -162,12 +173,11 @@ def _merge_aliases(root: nn.Module, modes: dict[str, bool]) -> None:
             root.get_submodule(parent)._modules[name] = one
 
 
-def _bind_sites(root: nn.Module, plan: planning.Plan) -> set[nn.Module]:
+def _bind_sites(plan: planning.Plan) -> set[nn.Module]:
     edited: set[nn.Module] = set()
-    graphs = {body.graph: body for body in bodies(root)}
     for site in plan.bindable:
         make_one_node(site)
-        flag = _flag(root, site.body, site.owner)
+        flag = _flag(site.body, site.owner)
         if site in plan.inverted:
             with site.node.graph.inserting_before(site.node):
                 flag = site.node.graph.call_function(operator.not_, (flag,))
@@ -186,40 +196,40 @@ def _bind_sites(root: nn.Module, plan: planning.Plan) -> set[nn.Module]:
             loosen_views(site.node)
         edited.add(site.body.module)
         if site.step is not None:
-            edited.add(_bind_step(root, graphs, site))
+            edited.add(_bind_step(site))
         elif site.counter_at is not None:
-            insert_step(site.counter_at, _flag(root, site.counter_at.body, site.owner))
+            insert_step(site.counter_at, _flag(site.counter_at.body, site.owner))
             edited.add(site.counter_at.body.module)
-    edited |= {_bind_step(root, graphs, site) for site in plan.counting}
+    edited |= {_bind_step(site) for site in plan.counting}
     return edited
 
 
-def _bind_step(root: nn.Module, graphs: Mapping[fx.Graph, Body], site: Site) -> nn.Module:
+def _bind_step(site: Site) -> nn.Module:
     """Makes the step of a site's counter follow the owner; returns the module whose graph it stands in."""
     assert site.step is not None
-    body = graphs[site.step.graph]
-    calls.bind_counter(site.step, _flag(root, body, site.owner))
+    body = site.body.view.body(site.step)
+    calls.bind_counter(site.step, _flag(body, site.owner))
     return body.module
 
 
-def _flag(root: nn.Module, body: Body, owner: str) -> fx.Node:
+def _flag(body: Body, owner: str) -> fx.Node:
     """The node that reads ``owner``'s mode in the graph of ``body``."""
     if not body.path:
         target = join(owner, "training")
     elif owner == body.path or owner.startswith(body.path + "."):
         target = join(owner[len(body.path) + 1 :], "training")
     else:
-        target = _cell(root, body, owner)
-    return attr_node(body.graph, target)
+        target = _cell(body, owner)
+    return attr_node(body, target)
 
 
-def _cell(root: nn.Module, body: Body, owner: str) -> str:
+def _cell(body: Body, owner: str) -> str:
     """For a body that cannot reach its owner: a stateless child of the owner, put into the body as well.
 
     ``train()`` and ``eval()`` reach it through the owner; it adds no key to any ``state_dict``, and deepcopy keeps
     the two places one object. A plain attribute would be lost there: GraphModule copies registered modules only.
     """
-    module = root.get_submodule(owner)
+    module = body.view.root.get_submodule(owner)
     if CELL not in module._modules:
         module.add_module(CELL, nn.Module())
     cell = module._modules[CELL]

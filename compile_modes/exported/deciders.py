@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 
 from compile_modes.exported.switches import Program, decider_between, differing
 from compile_modes.exported.traces import Op, Trace, Unmatched, Vector, depth_of, trace
-from compile_modes.graph.bodies import own
+from compile_modes.graph.edits import own
 
 Probe = Callable[[Vector], ExportedProgram]  # exports the model in given modes
 _MOST = 5  # exports to find who decides

@@ -14,7 +14,8 @@ from compile_modes import _compat
 from compile_modes.exported.traces import Context, Graph, Held, Input, Op, map_values, storage, values_of
 from compile_modes.exported.trees import Items, Switch, Tree, top
 from compile_modes.graph import calls
-from compile_modes.graph.bodies import OWNED, canonical
+from compile_modes.graph.edits import OWNED
+from compile_modes.graph.owners import canonical
 
 Item = Op | Switch
 

@@ -1,5 +1,6 @@
 """``export``: both modes of an eager model, in one graph with flags where that is exact, in two graphs otherwise."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,10 +8,11 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from compile_modes import _compat
+from compile_modes import _compat, messages
 from compile_modes.errors import ExportError
 from compile_modes.exported.assembling import Explorer, assemble, say_guessed
 from compile_modes.exported.assigned import keeping_assignments
+from compile_modes.exported.faithful import faithful, settled
 from compile_modes.exported.provenance import flags, set_flags
 from compile_modes.exported.traces import Vector
 from compile_modes.graph.cumulative import exportable
@@ -36,29 +38,32 @@ def export(
     which runs the one of its own mode; what Python decided in a submodule follows the mode of the root there, and a
     ModeWarning says so when such a submodule is put into another mode.
 
+    Both programs keep what torch.export forgets: that the result of a dropout in eval isn't its input, and a
+    ``no_grad()`` inside autocast. ``inference_mode()`` becomes ``no_grad()``: no result is an inference tensor.
+    Gradients are enabled while exporting, whatever mode the call is made in.
+
     Args:
         model: the eager module. Parameters and buffers are shared with the result, not copied. Its modes stay as they
             are, and the result starts with them, submodule by submodule.
-        args, kwargs, dynamic_shapes: as for ``torch.export.export``.
-        probe: whether to export in more modes where Python decides. Without, the owner of what differs is taken for the
-            module that decides.
+        args: as for ``torch.export.export``.
+        kwargs: the same.
+        dynamic_shapes: the same; they hold for both programs.
+        probe: whether to export in more modes where Python decides. Without, the module around what differs is taken
+            for the one that decides.
 
     Returns:
         A module with the submodules, ``state_dict`` and modes of ``model``.
 
     Raises:
-        ExportError: one of the exports fails (its cause is the exception's ``__cause__``), or the model's ``train()``
-            changes its weights, or it assigns a buffer what that can't hold.
+        ExportError: one of the exports fails (its cause is the exception's ``__cause__``), or has lost a change of grad
+            mode; or the model's ``train()`` changes its weights, or it assigns a buffer what that can't hold.
 
     Warns:
         ModeWarning: with ``probe=False``, which modules were taken to decide.
     """
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, nn.Module) or isinstance(model, torch.fx.GraphModule):
-        raise ExportError(
-            f"{type(model).__name__} is not an eager module",
-            remedy="pass the model itself; bind() gives modes to a program that was exported already",
-        )
+        raise messages.NOT_EAGER.error(kind=type(model).__name__)
     modes, before = flags(model), _digest(model)
     programs = {}
 
@@ -75,18 +80,15 @@ def export(
             with exportable(model):
                 programs[training] = _export(model, training, args, kwargs, dynamic_shapes)
         if _digest(model) != before:
-            raise ExportError(
-                "the state of the model changes with its mode, but its two programs share it",
-                where=type(model).__name__,
-                remedy="undo what its train() does to parameters and buffers (a merge of weights, say) before export",
-            )
+            raise messages.STATE_CHANGES.error(kind=type(model).__name__)
         explorer = Explorer(model, probed) if probe else None
-        module = assemble(programs[True], programs[False], modes, explorer=explorer, guess=not probe)
+        signature = inspect.signature(model.forward)
+        module = assemble(programs[True], programs[False], modes, explorer=explorer, forward=signature, guess=not probe)
     finally:
         model.train(modes[""])  # for models whose train() does more
         set_flags(model, modes)
     if not probe:
-        say_guessed(module, "leave probe=False out: a few more exports tell")
+        say_guessed(module)
     return module
 
 
@@ -105,17 +107,16 @@ def _export(model: nn.Module, training: bool, args: Any, kwargs: Any, dynamic_sh
     hooks = dict(_compat.BUFFER_HOOKS)
     try:
         kwargs = dict(kwargs) if kwargs is not None else None
-        return keeping_assignments(
-            model, lambda: torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
-        )
+        with faithful():
+            program = keeping_assignments(
+                model, lambda: torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+            )
     except ExportError:
         raise
     except Exception as error:  # whatever the model, or export on its account, raises
         for leaked in _compat.BUFFER_HOOKS.keys() - hooks.keys():
             del _compat.BUFFER_HOOKS[leaked]
         first_line = (str(error).splitlines() or [""])[0]
-        raise ExportError(
-            f"the {'train' if training else 'eval'} export failed: {type(error).__name__}: {first_line}",
-            where=type(model).__name__,
-            remedy=f"make torch.export.export(model.{'train' if training else 'eval'}(), args) work",
-        ) from error
+        said, mode = f"{type(error).__name__}: {first_line}", "train" if training else "eval"
+        raise messages.EXPORT_FAILED.error(mode=mode, error=said, kind=type(model).__name__) from error
+    return settled(program)

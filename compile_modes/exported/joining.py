@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from compile_modes import messages
 from compile_modes._compat import pt2
-from compile_modes.errors import BindError
 from compile_modes.exported import binding
 from compile_modes.exported.assembling import assemble, say_guessed
 
@@ -50,18 +50,18 @@ def bind(
 
     Warns:
         ModeWarning: some sites can't follow the flag, with the reason for each; or the program is decomposed and has
-            parts that are no sites any more; or an eval export has lost what modules may do in train; or it is guessed
-            which module decides.
+            parts that are no sites any more; or an eval export has lost what modules may do in train; or the export may
+            have lost a ``no_grad()`` inside an autocast region; or it is guessed which module decides.
     """
     if evaluation is None:
         return binding.bind(exported, keep=keep, dropout_p=dropout_p)
     for name, program in (("exported", exported), ("evaluation", evaluation)):
         if not isinstance(program, ExportedProgram):
-            raise BindError(f"{type(program).__name__} is no ExportedProgram", where=name, remedy="pass both programs")
+            raise messages.NO_SECOND_PROGRAM.error(kind=type(program).__name__, argument=name)
     if keep or dropout_p:
-        raise BindError("two programs say what keep and dropout_p are for", remedy="leave them out")
+        raise messages.KEEP_OF_TWO.error()
     module = assemble(exported, _sharing(exported, evaluation), {}, guess=True)
-    say_guessed(module, "compile_modes.export(model, args), if there still is a model: a few more exports tell")
+    say_guessed(module)
     return module
 
 
@@ -75,11 +75,7 @@ def _sharing(train: ExportedProgram, evaluation: ExportedProgram) -> ExportedPro
     for name in ours.keys() & theirs.keys():
         a, b = ours[name], theirs[name]
         if a.shape != b.shape or a.dtype != b.dtype or not torch.equal(a, b):
-            raise BindError(
-                "the two programs have other values under one name",
-                where=name,
-                remedy="export both from one model, with no step of training between",
-            )
+            raise messages.OTHER_WEIGHTS.error(name=name)
     state = {name: ours.get(name, value) for name, value in evaluation.state_dict.items()}
     own = evaluation.graph_signature.non_persistent_buffers
     constants = {name: ours.get(name, v) if name in own else v for name, v in evaluation.constants.items()}

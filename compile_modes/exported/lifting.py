@@ -21,12 +21,12 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 
-from compile_modes import _compat
+from compile_modes import _compat, messages
 from compile_modes._compat import pt2, tracing
-from compile_modes.errors import BindError
-from compile_modes.graph.bodies import OWNED, Body, attribute, bodies, own
 from compile_modes.graph.cumulative import CUMULATIVE_BATCH_NORM, cumulative_batch_norm
+from compile_modes.graph.edits import OWNED, own
 from compile_modes.graph.ops import lookup
+from compile_modes.graph.view import Body, View, attribute
 
 _MUTATIONS = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION, OutputKind.USER_INPUT_MUTATION)
 
@@ -62,7 +62,7 @@ def relift(root: nn.Module, program: ExportedProgram, changed: Collection[fx.Nod
         )
     except pt2.SpecViolationError as error:
         first_line = str(error).partition("\n")[0]
-        raise BindError(f"the graph is no valid program of torch.export: {first_line}") from error
+        raise messages.NO_VALID_PROGRAM.error(error=first_line) from error
     pt2.keep_guards(lifted, program)
     return lifted
 
@@ -141,7 +141,7 @@ class _Lift:
             same = (name for name, constant in self.program.constants.items() if constant is value)
             path = next((name for name in same if name in self._held), path)
         if path not in self._held:
-            raise BindError("the graph reads a value that its program does not hold", where=f"attribute {path!r}")
+            raise messages.FOREIGN_VALUE.error(path=path)
         return self._held[path]
 
     def _call(self, node: fx.Node) -> fx.Node:
@@ -161,7 +161,7 @@ class _Lift:
         values: Any = node.args[0]
         specs = [s for s in self.program.graph_signature.output_specs if s.kind not in (*_MUTATIONS, OutputKind.TOKEN)]
         if len(specs) != len(values) or any(spec.kind is not OutputKind.USER_OUTPUT for spec in specs):
-            raise BindError("the program returns gradients or a loss", remedy="export the forward alone")
+            raise messages.RETURNS_MORE.error()
         returned = [self._copies[v] if isinstance(v, fx.Node) else v for v in values]
         for spec, value in zip(specs, returned, strict=True):
             arg = copy.deepcopy(spec.arg)
@@ -198,7 +198,7 @@ def _layout(value: Any) -> Any:
 
 def spelled_out(program: ExportedProgram) -> ExportedProgram:
     """A program without this package's own operator; the program itself if it has none."""
-    if not any(_calls(body) for body in bodies(program.graph_module)):
+    if not any(_calls(body) for body in View(program.graph_module).bodies):
         return program
     root = program.module()
     own(root)
@@ -208,7 +208,7 @@ def spelled_out(program: ExportedProgram) -> ExportedProgram:
 
 def spell_out(root: nn.Module) -> None:
     """Puts what it computes, in ATen, into the place of each call of this package's operator."""
-    for body in bodies(root):
+    for body in View(root).bodies:
         nodes = _calls(body)
         for node in nodes:
             _replace(node)

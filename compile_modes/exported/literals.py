@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from compile_modes import _compat
-from compile_modes.errors import BindError
-from compile_modes.graph.bodies import bodies, join, state_path
+from compile_modes import _compat, messages
 from compile_modes.graph.edits import set_argument
+from compile_modes.graph.finding import find, sites
+from compile_modes.graph.owners import join
 from compile_modes.graph.rewrite import editable
-from compile_modes.graph.sites import Site, sites
+from compile_modes.graph.sites import Site
+from compile_modes.graph.view import View
 
 _ADD = torch.ops.aten.add.Tensor
 _Key = tuple[str, str]
@@ -37,16 +38,14 @@ def restore_literals(module: nn.Module, exported: Any) -> list[str]:
         BindError: ``module`` can't be edited, or has sites and none of them is in ``exported``.
     """
     root = editable(module)
-    found, before = sites(root), _literals(sites(exported))
+    view = View(root)
+    found, before = find(view), _literals(sites(exported))
     if found and not any(_key(site) in before for site in found):
-        raise BindError(
-            "no site of the module is in the program",
-            where=", ".join(sorted({home or "(root)" for home, _ in map(_key, found)})),
-            remedy="pass the program that the module was made from",
-        )
+        homes = sorted({home or "(root)" for home, _ in map(_key, found)})
+        raise messages.OTHER_PROGRAM.error(owners=", ".join(homes))
     changed: list[str] = []
     edited: set[nn.Module] = set()
-    stds = _variances(root)
+    stds = _variances(view)
     for site in found:
         for name, value in before.get(_key(site), {}).items():
             old = site.literals.get(name)
@@ -66,7 +65,7 @@ def restore_literals(module: nn.Module, exported: Any) -> list[str]:
 
 def _key(site: Site) -> _Key:
     """Whose site it is, also where a tool has put a pattern of its own, which knows no owners, in its place."""
-    stats = state_path(site.body, site.read(site.op.stats[0])) if site.op.stats else None
+    stats = site.body.view.state[site.read(site.op.stats[0])] if site.op.stats else None
     return (site.owner if stats is None else stats.rpartition(".")[0]), site.op.family
 
 
@@ -79,13 +78,13 @@ def _literals(found: Sequence[Site]) -> dict[_Key, dict[str, Any]]:
     return {key: {n: next(iter(v)) for n, v in names.items() if len(v) == 1} for key, names in values.items()}
 
 
-def _variances(root: nn.Module) -> dict[tuple[str, float], list[tuple[nn.Module, fx.Node]]]:
+def _variances(view: View) -> dict[tuple[str, float], list[tuple[nn.Module, fx.Node]]]:
     """Where a graph itself adds a number to an owner's ``running_var``, by the owner and the number."""
     found: dict[tuple[str, float], list[tuple[nn.Module, fx.Node]]] = defaultdict(list)
-    for body in bodies(root):
+    for body in view.bodies:
         for node in body.graph.nodes:
             if node.target is _ADD and isinstance(node.args[1], float):
-                path = state_path(body, node.args[0]) or ""
+                path = view.state[node.args[0]] or ""
                 owner = path.rpartition(".")[0]
                 if path == join(owner, "running_var"):
                     found[owner, node.args[1]].append((body.module, node))

@@ -5,57 +5,49 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import fx, nn
 
-from compile_modes import _compat
-from compile_modes.graph.bodies import attribute, bodies, join, module_class, module_path
+from compile_modes import _compat, messages
+from compile_modes.errors import ModeWarning
 from compile_modes.graph.ops import STATS, lookup
+from compile_modes.graph.owners import join, module_class
 from compile_modes.graph.sites import REMARKS
-
-_ERASED = "dropouts that the model may have had are erased from an eval graph; train() can't bring them back"
-_UNREAD = "its batch norm is not in the graph: it was not called, or its result was not used"
-_STAYS = "its dropout is decomposed, and stays as it was exported"
-_RNN = "torch's decomposition of an RNN drops the dropout between its layers, if there was any"
+from compile_modes.graph.view import View, attribute
 
 
-def remark(root: nn.Module, program: torch.export.ExportedProgram | None, trains: bool) -> str:
+def remark(view: View, program: torch.export.ExportedProgram | None, trains: bool) -> ModeWarning | None:
     """Says what :func:`remarks` finds, and keeps it for ``explain``.
 
     Args:
-        root: the module of a decomposed program, recomposed as far as possible.
+        view: the module of a decomposed program, recomposed as far as possible.
         program: the program, if at hand.
         trains: whether any site is in train mode.
 
     Returns:
-        The text of a warning; empty if there is nothing to say.
+        A warning; None if there is nothing to say.
     """
-    found = list(remarks(root))
+    found = list(remarks(view))
     if not trains:
-        found += [*_unread(root), *_erased(root, program)]
-    root.__dict__.setdefault("meta", {})[REMARKS] = found
+        found += [*_unread(view), *_erased(view, program)]
+    view.root.__dict__.setdefault("meta", {})[REMARKS] = found
     if not found:
-        return ""
+        return None
     more = [f"  and {len(found) - 5} more, see compile_modes.explain()"] if found[5:] else []
-    return (
-        "the program is decomposed, and parts of it will not follow train() and eval():\n"
-        + "\n".join(["  " + line for line in found[:5]] + more)
-        + "\n  what to do: bind the program before run_decompositions()"
-    )
+    return messages.DECOMPOSED_PROGRAM.warning(parts="\n".join(["  " + line for line in found[:5]] + more))
 
 
-def left_nothing(root: nn.Module, program: torch.export.ExportedProgram | None) -> list[str]:
+def left_nothing(view: View, program: torch.export.ExportedProgram | None) -> list[str]:
     """The modules without state of a program in training IR that are in no graph, parents in the place of children.
 
     In an eval export, they may be random masks, or something else that is for train only, or just Identity.
     """
-    gone = set(_gone(root, program))
+    gone = set(_gone(view, program))
     return sorted(name for name in gone if not any(parent in gone for parent in _prefixes(name)[:-1]))
 
 
-def _gone(root: nn.Module, program: torch.export.ExportedProgram | None) -> list[str]:
+def _gone(view: View, program: torch.export.ExportedProgram | None) -> list[str]:
     """All that the program knows as modules and that have neither state nor nodes, in its order."""
     known = [entry.fqn for entry in program.module_call_graph] if program is not None else []
-    nodes = [node for body in bodies(root) for node in body.graph.nodes]
-    paths = {module_path(node) for node in nodes if not _erased_dropout(node)}
-    paths |= {name for tensors in (root.named_parameters, root.named_buffers) for name, _ in tensors()}
+    paths = {view.owner[node] for node in view.nodes() if not _erased_dropout(node)}
+    paths |= {name for tensors in (view.root.named_parameters, view.root.named_buffers) for name, _ in tensors()}
     present = {prefix for path in paths for prefix in _prefixes(path)}
     return [name for name in known if name not in ("", _compat.GUARDS) and name not in present]
 
@@ -65,36 +57,33 @@ def _prefixes(path: str) -> list[str]:
     return [".".join(names[: i + 1]) for i in range(len(names))]
 
 
-def remark_nothing(root: nn.Module, names: Sequence[str]) -> str:
+def remark_nothing(root: nn.Module, names: Sequence[str]) -> ModeWarning | None:
     """As :func:`remark`, of modules that an eval export has left nothing of."""
     if not names:
-        return ""
+        return None
     more = f" and {len(names) - 5} more" if names[5:] else ""
-    says = f"{', '.join(map(repr, names[:5]))}{more} left nothing in the eval export"
-    root.__dict__.setdefault("meta", {})[REMARKS] = [f"{says}; what they do in train, if anything, is lost"]
-    return (
-        f"{says}: unless they do nothing in train either, as Identity does, train() can't bring that back.\n"
-        "  what to do: export in train mode, or by compile_modes.export(model, args); or bind with keep=[...] if so"
-    )
+    modules = f"{', '.join(map(repr, names[:5]))}{more}"
+    root.__dict__.setdefault("meta", {})[REMARKS] = [messages.LEFT_NOTHING.reason(modules=modules)]
+    return messages.NOTHING_LEFT.warning(modules=modules)
 
 
-def remarks(root: nn.Module) -> Iterator[str]:
+def remarks(view: View) -> Iterator[str]:
     """A line for each module whose dropout the decomposition has put beyond reach, or lost."""
-    graphs = [body.graph for body in bodies(root) if not body.gated]
+    graphs = [body.graph for body in view.bodies if not body.gated]
     nodes = [node for graph in graphs for node in graph.nodes if node.op == "call_function"]
-    having_sites = {module_path(node) for node in nodes if lookup(node.target) is not None}
+    having_sites = {view.owner[node] for node in nodes if lookup(node.target) is not None}
     said: set[str] = set()
     for node in nodes:
-        owner = module_path(node)
+        owner = view.owner[node]
         kind = module_class(node) or object
-        why = ""
+        lost: messages.Remark | None = None
         if issubclass(kind, _compat.DROPOUT) and owner not in having_sites and not _erased_dropout(node):
-            why = _STAYS
-        elif issubclass(kind, nn.RNNBase) and owner not in having_sites and _layers(root, owner) > 1:
-            why = _RNN
-        if why and owner not in said:
+            lost = messages.STAYS
+        elif issubclass(kind, nn.RNNBase) and owner not in having_sites and _layers(view.root, owner) > 1:
+            lost = messages.RNN_DECOMPOSED
+        if lost is not None and owner not in said:
             said.add(owner)
-            yield f"{owner or '(root)'}: {why}"
+            yield lost.reason(owner=owner or "(root)")
 
 
 def _layers(root: nn.Module, owner: str) -> int:
@@ -106,26 +95,22 @@ def _erased_dropout(node: fx.Node) -> bool:
     return node.target is torch.ops.aten.clone.default and issubclass(module_class(node) or object, _compat.DROPOUT)
 
 
-def _unread(root: nn.Module) -> Iterator[str]:
+def _unread(view: View) -> Iterator[str]:
     """Batch norms of which a graph in eval mode has only the buffers: in train, eager would update them."""
-    read = {
-        id(attribute(body.module, str(node.target)))
-        for body in bodies(root)
-        for node in body.graph.find_nodes(op="get_attr")
-        if node.users
-    }
-    for name, buffer in root.named_buffers():
+    read = {id(view.held[node]) for body in view.bodies for node in body.graph.find_nodes(op="get_attr") if node.users}
+    for name, buffer in view.root.named_buffers():
         home, _, leaf = name.rpartition(".")
         if leaf == STATS[0] and id(buffer) not in read:
-            yield f"{home or '(root)'}: {_UNREAD}"
+            yield messages.UNREAD.reason(owner=home or "(root)")
 
 
-def _erased(root: nn.Module, program: torch.export.ExportedProgram | None) -> Iterator[str]:
+def _erased(view: View, program: torch.export.ExportedProgram | None) -> Iterator[str]:
     """Dropouts leave nothing of themselves in eval mode; all that is known are the modules that left nothing."""
-    nodes = [node for body in bodies(root) for node in body.graph.nodes]
-    gone = _gone(root, program)
+    gone = _gone(view, program)
     gone = [name for name in gone if not any(other.startswith(name + ".") for other in gone)]
     # With neither a site nor a module that vanished, nothing says that the program was exported in eval mode.
-    if gone or any(lookup(node.target) for node in nodes):
-        more = ", ..." if gone[5:] else ""
-        yield _ERASED + (f" (modules that left nothing behind: {', '.join(gone[:5])}{more})" if gone else "")
+    if gone or any(lookup(node.target) for node in view.nodes()):
+        if not gone:
+            yield messages.ERASED.reason()
+        else:
+            yield messages.ERASED_MODULES.reason(modules=", ".join(gone[:5]) + (", ..." if gone[5:] else ""))

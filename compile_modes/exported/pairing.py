@@ -15,11 +15,13 @@ import torch
 from torch import fx, nn
 from torch._ops import OpOverload
 
-from compile_modes.graph.bodies import Body, attribute, bodies, module_path
 from compile_modes.graph.effects import has_effect
+from compile_modes.graph.finding import find
 from compile_modes.graph.ops import lookup
+from compile_modes.graph.owners import module_path
 from compile_modes.graph.regions import Region, regions
-from compile_modes.graph.sites import Site, sites
+from compile_modes.graph.sites import Site
+from compile_modes.graph.view import Body, View
 
 Tokens = dict[fx.Node, Any]
 # Export leaves these out where the layout is right already, which may depend on the kernel that a mode chooses.
@@ -51,7 +53,7 @@ class Pairing:
     def unclear(self) -> str:
         """What only train has and may be decided by a module further out than its own; empty if there is nothing."""
         regions = [region for region, _ in self.left_out if not region.covers]
-        return f"{_describe(regions[0].nodes[0], None)}" if regions else ""
+        return _describe(regions[0].nodes[0], None) if regions else ""
 
     def copy(self) -> "Pairing":
         return Pairing(**{name: copy.copy(value) for name, value in vars(self).items()})
@@ -84,23 +86,23 @@ class _Walk:
 
     def __init__(self, train: nn.Module, evaluation: nn.Module) -> None:
         self.found = Pairing()
-        self.roots = (train, evaluation)
-        self.sites = [{s.node: s for s in sites(root) if lookup(s.node.target)} for root in self.roots]
+        self.views = View(train), View(evaluation)
+        self.sites = [{s.node: s for s in find(view) if lookup(s.node.target)} for view in self.views]
         self.steps = {site.step for site in self.sites[0].values() if site.step is not None}
         self.tokens: tuple[Tokens, Tokens] = ({}, {})
-        self.children = [_children(root) for root in self.roots]
-        keys = [{_key(t) for t in _tensors(root)} for root in self.roots]
+        self.children = [_children(view) for view in self.views]
+        keys = [{_key(t) for t in _tensors(view)} for view in self.views]
         self.shared = keys[0] & keys[1]
 
     def programs(self) -> None:
-        specs = [getattr(root.graph._codegen, "pytree_info", None) for root in self.roots]  # type: ignore[union-attr]
+        specs = [getattr(view.main.graph._codegen, "pytree_info", None) for view in self.views]
         if specs[0] is not None and specs[1] is not None:
             for what in ("in_spec", "out_spec"):
                 if getattr(specs[0], what) != getattr(specs[1], what):
                     raise _Differ(
                         "the structure of the outputs" if what == "out_spec" else "the structure of the inputs"
                     )
-        self.graphs(bodies(self.roots[0])[0], bodies(self.roots[1])[0])
+        self.graphs(self.views[0].main, self.views[1].main)
 
     def graphs(self, train: Body, evaluation: Body) -> None:
         """Pairs all nodes of two graphs, in order."""
@@ -134,7 +136,7 @@ class _Walk:
             self.tokens[side][node] = ("input", index) if operand is None else self.value(side, operand)
         for node in body.graph.nodes:
             if node.op == "get_attr":
-                self.tokens[side][node] = self.held(attribute(body.module, str(node.target)))
+                self.tokens[side][node] = self.held(body.view.held[node])
             elif node.op == "call_function" or (node.op == "call_module" and node.target != "_guards_fn"):
                 yield node
 
@@ -207,7 +209,7 @@ class _Walk:
         if row is not None:
             complete.pop(row.flag or row.p or "", None)
         # The same op of another module is decided by another one: both of them may run, or neither.
-        return complete | {"owner": module_path(node)}
+        return complete | {"owner": self.views[side].owner[node]}
 
     def decide(self, a: Site, b: Site) -> bool:
         """Notes what a pair of sites says; False if their probabilities differ by mode."""
@@ -259,18 +261,16 @@ class _Constant:
     __hash__ = None  # type: ignore[assignment]
 
 
-def _children(root: nn.Module) -> dict[fx.Node, list[Body]]:
+def _children(view: View) -> dict[fx.Node, list[Body]]:
     called: dict[fx.Node, list[Body]] = {}
-    for body in bodies(root):
+    for body in view.bodies:
         if body.caller is not None:
             called.setdefault(body.caller, []).append(body)
     return called
 
 
-def _tensors(root: nn.Module) -> list[torch.Tensor]:
-    held = [
-        attribute(body.module, str(n.target)) for body in bodies(root) for n in body.graph.find_nodes(op="get_attr")
-    ]
+def _tensors(view: View) -> list[torch.Tensor]:
+    held = [view.held[node] for body in view.bodies for node in body.graph.find_nodes(op="get_attr")]
     return [value for value in held if isinstance(value, torch.Tensor)]
 
 

@@ -7,13 +7,16 @@ from typing import Any
 
 from torch import fx, nn
 
-from compile_modes import _compat
-from compile_modes.errors import BindError, OptionError
-from compile_modes.graph.bodies import bodies, is_batch_norm, module_path
-from compile_modes.graph.explain import overriding, reused
+from compile_modes import _compat, messages
+from compile_modes.errors import ModeWarning
+from compile_modes.graph.aliases import reused
+from compile_modes.graph.explain import overriding
+from compile_modes.graph.finding import find
+from compile_modes.graph.owners import is_batch_norm
 from compile_modes.graph.regions import regions, samplers
 from compile_modes.graph.requests import check_probabilities, no_match, owner_matches
-from compile_modes.graph.sites import KEPT, Site, note, sites
+from compile_modes.graph.sites import KEPT, Site, note
+from compile_modes.graph.view import View
 
 
 @dataclass
@@ -21,6 +24,7 @@ class Plan:
     """What :func:`bind` is about to do.
 
     Attributes:
+        view: the graphs.
         first: whether nothing is bound yet, so that the flags are still to be set.
         program: the mode that most of the program is in.
         modes: the mode of each owner.
@@ -35,6 +39,7 @@ class Plan:
         supplied: probabilities that the export has lost and the caller knows.
     """
 
+    view: View
     first: bool
     program: bool
     modes: dict[str, bool]
@@ -51,27 +56,28 @@ class Plan:
 
 
 def plan_binding(
-    root: nn.Module, keep: Sequence[str], dropout_p: Mapping[str, float] | None = None, gone: Sequence[str] = ()
+    view: View, keep: Sequence[str], dropout_p: Mapping[str, float] | None = None, gone: Sequence[str] = ()
 ) -> Plan:
     keep = (keep,) if isinstance(keep, str) else keep
-    found = sites(root)
-    drawn = _unclear(root)
-    kept = _kept(found, keep, {*gone, *(module_path(node) for node in drawn)})
+    found = find(view)
+    drawn = _unclear(view)
+    kept = _kept(found, keep, {*gone, *(view.owner[node] for node in drawn)})
     was_inverted = {site for site in found if note(site.node).get("inverted") and not site.bound}
     modes, chosen, odd = _choose([site for site in found if site not in kept])
     supplied = _supplied(found, dropout_p)
-    stuck = [(s, why) for s in chosen if s not in supplied and (why := s.refusal(not s.training))]
-    bindable = [s for s in chosen if s in supplied or not s.refusal(not s.training)]
-    _check_names(root, {site.owner for site in bindable})
+    refused = {s: why for s in chosen if s not in supplied and (why := s.refusal(not s.training))}
+    bindable = [s for s in chosen if s not in refused]
+    _check_names(view.root, {site.owner for site in bindable})
     first = bool(modes) and not any(site.bound for site in found)
     fused = [f"{site.owner}.*" for site in found if site.op.inference]  # the site says what they have lost
-    unclear = [n for n in drawn if any(modes.values()) and not _matches_any(module_path(n), keep)]
+    unclear = [n for n in drawn if any(modes.values()) and not _matches_any(view.owner[n], keep)]
     return Plan(
+        view,
         first,
         any(modes.values()),
         modes,
         bindable,
-        stuck,
+        list(refused.items()),
         odd,
         kept,
         unclear,
@@ -84,11 +90,11 @@ def plan_binding(
 
 def _kept(found: list[Site], keep: Sequence[str], other_owners: set[str]) -> set[Site]:
     if not isinstance(keep, Iterable):
-        raise OptionError(f"{keep!r} is not a list of owner globs", where="keep", remedy='pass keep=["head.*"]')
+        raise messages.NOT_A_LIST.error(keep=keep)
     owners = sorted({site.owner for site in found} | other_owners)
     for pattern in keep:
         if not isinstance(pattern, str):
-            raise OptionError(f"{pattern!r} is not an owner glob", where="keep", remedy='pass keep=["head.*"]')
+            raise messages.NOT_A_GLOB.error(pattern=pattern, where="keep", example='keep=["head.*"]')
         if not any(owner_matches(owner, pattern) for owner in owners):
             raise no_match(pattern, owners, "keep")
     kept = {site for site in found if _matches_any(site.owner, keep)}
@@ -99,11 +105,11 @@ def _matches_any(owner: str, patterns: Sequence[str]) -> bool:
     return any(owner_matches(owner, pattern) for pattern in patterns)
 
 
-def _unclear(root: nn.Module) -> list[fx.Node]:
+def _unclear(view: View) -> list[fx.Node]:
     """Random numbers that are not all that their module is for: an eval export may lack them, or not."""
     found: list[fx.Node] = []
     clear: set[fx.Node] = set()
-    for body in bodies(root):  # callers first
+    for body in view.bodies:  # callers first
         if body.caller in clear:
             clear.update(body.graph.nodes)
         elif not body.gated:
@@ -123,11 +129,7 @@ def _supplied(found: list[Site], dropout_p: Any) -> dict[Site, float]:
             raise no_match(pattern, owners, "dropout_p", "attention or functional dropout")
         for site in named:
             if site.p or site.bound:
-                raise OptionError(
-                    f"{site} has kept its own probability",
-                    where=f"dropout_p[{pattern!r}]",
-                    remedy="leave it out: dropout_p is for what an eval export has lost",
-                )
+                raise messages.HAS_PROBABILITY.error(site=site, pattern=pattern)
             supplied.setdefault(site, float(p))
     return supplied
 
@@ -144,9 +146,10 @@ def _choose(found: list[Site]) -> tuple[dict[str, bool], list[Site], list[Site]]
     for owner, own_votes in votes.items():
         modes.setdefault(owner, _majority(own_votes, program))
     # A mask in an eval program is there in both modes.
-    always = [s for s in candidates if s.region is not None and not program]
+    always = {s for s in candidates if s.region is not None and not program}
     chosen = [s for s in candidates if modes.setdefault(s.owner, program) is _flag(s) and s not in always]
-    odd = [s for s in candidates if s not in chosen and (s.op.flag is not None or s.training)]
+    at_odds = {*candidates} - {*chosen}
+    odd = [s for s in candidates if s in at_odds and (s.op.flag is not None or s.training)]
     # Attention whose p is 0 while its owner trains had no dropout: there is nothing to bind.
     return modes, [s for s in chosen if s.op.flag is not None or s.training or not program], odd
 
@@ -171,66 +174,47 @@ def _check_names(root: nn.Module, owners: Iterable[str]) -> None:
                 break
             module = getattr(module, name)
             if not isinstance(module, nn.Module):
-                raise BindError(
-                    f"the owner's name is taken by a {type(module).__name__} of the exported module",
-                    where=f"owner {owner!r}, attribute {name!r}",
-                    remedy=f"rename that submodule before export, or pass keep=({owner!r},)",
-                )
+                raise messages.NAME_TAKEN.error(kind=type(module).__name__, owner=owner, name=name)
 
 
-def complaints(plan: Plan) -> list[str]:
-    """What will not follow ``train()`` and ``eval()``, a text for each reason."""
+def complaints(plan: Plan) -> list[ModeWarning]:
+    """What will not follow ``train()`` and ``eval()``, a warning for each reason."""
     said = (_stuck(plan), _uncounted(plan), _reused(plan), _overriding(plan), _unsaid(plan))
-    return [text for text in said if text]
+    return [warning for warning in said if warning is not None]
 
 
-def _overriding(plan: Plan) -> str:
+def _overriding(plan: Plan) -> ModeWarning | None:
     if not plan.overriding:
-        return ""
-    return (
-        f"train() is overridden by {', '.join(plan.overriding[:5])}, but that of a bound module sets all flags "
-        "below it.\n  what to do: after train(), call eval() on what that method keeps in eval; or bind with "
-        "keep=[...]; or use compile_modes.export(model, args)"
-    )
+        return None
+    return messages.TRAIN_OVERRIDDEN.warning(classes=", ".join(plan.overriding[:5]))
 
 
-def _unsaid(plan: Plan) -> str:
+def _unsaid(plan: Plan) -> ModeWarning | None:
     if not plan.unclear:
-        return ""
-    owners = sorted({repr(module_path(node)) for node in plan.unclear})
-    return (
-        f"random numbers of {', '.join(owners[:5])} are drawn in both modes: one export can't tell whether they "
-        "depend on mode.\n  what to do: compile_modes.export(model, args), which can; or keep=[owner] if they don't"
-    )
+        return None
+    owners = sorted({repr(plan.view.owner[node]) for node in plan.unclear})
+    return messages.RANDOM_IN_BOTH.warning(owners=", ".join(owners[:5]))
 
 
-def _stuck(plan: Plan) -> str:
+def _stuck(plan: Plan) -> ModeWarning | None:
     if not plan.stuck:
-        return ""
+        return None
     lines = [f"  {site.node.name} (owner {site.owner!r}): {why}" for site, why in plan.stuck]
-    remedy = f"export in {'eval' if plan.program else 'train'} mode, which keeps what they need"
+    more = [f"  and {len(lines) - 5} more, see compile_modes.explain()"] if lines[5:] else []
+    shown = "\n".join(lines[:5] + more)
     if any(site.op.decomposed for site, _ in plan.stuck):
-        remedy = "bind the program before run_decompositions()"
-    return (
-        f"{len(lines)} sites keep their exported mode and will not follow train() and eval():\n"
-        + "\n".join(lines[:5] + ([f"  and {len(lines) - 5} more, see compile_modes.explain()"] if lines[5:] else []))
-        + f"\n  what to do: {remedy}"
-    )
+        return messages.STUCK_DECOMPOSED.warning(count=len(lines), sites=shown)
+    return messages.STUCK.warning(count=len(lines), sites=shown, mode="eval" if plan.program else "train")
 
 
-def _reused(plan: Plan) -> str:
+def _reused(plan: Plan) -> ModeWarning | None:
     again = [site for site in plan.bindable if reused(site)]
     if not again:
-        return ""
-    named = ", ".join(map(str, again[:3]))
-    return (
-        f"{len(again)} dropouts exported in eval mode have several users: {named}\n  If the model uses the input "
-        "of one of them again, train mode is wrong: in eval the two are one tensor, and export can't tell.\n"
-        "  what to do: export in train mode, or compile_modes.export(model, args)"
-    )
+        return None
+    return messages.REUSED.warning(count=len(again), sites=", ".join(map(str, again[:3])))
 
 
-def _uncounted(plan: Plan) -> str:
+def _uncounted(plan: Plan) -> ModeWarning | None:
     """A batch norm module always has a counter; its absence from an eval program means that export has dropped it."""
     lost = [
         site.owner
@@ -238,8 +222,5 @@ def _uncounted(plan: Plan) -> str:
         if site.op.counter and site.counter is None and is_batch_norm(site.node) and not site.training
     ]
     if not lost:
-        return ""
-    return (
-        f"num_batches_tracked of {', '.join(map(repr, lost[:5]))} is not in the exported module and will not be "
-        "counted (strict export in eval mode drops it).\n  what to do: bind the ExportedProgram instead"
-    )
+        return None
+    return messages.UNCOUNTED.warning(owners=", ".join(map(repr, lost[:5])))

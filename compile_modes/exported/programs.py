@@ -1,6 +1,5 @@
 """Standard programs of torch.export, in a mode: what ``python -m compile_modes bake`` writes."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,8 +8,9 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from compile_modes import messages
 from compile_modes._compat import pt2
-from compile_modes.errors import BindError, ModeWarning, OverrideError
+from compile_modes.errors import ModeWarning
 from compile_modes.exported import planning
 from compile_modes.exported.assembling import reassemble
 from compile_modes.exported.baking import write_back
@@ -18,13 +18,15 @@ from compile_modes.exported.binding import bind_root
 from compile_modes.exported.lifting import relift, spell_out, spelled_out
 from compile_modes.exported.planning import Plan
 from compile_modes.exported.provenance import Source, flags, set_flags
-from compile_modes.graph.bodies import bodies, own
 from compile_modes.graph.dual import DualModule
+from compile_modes.graph.edits import own
 from compile_modes.graph.explain import overriding
+from compile_modes.graph.finding import find
 from compile_modes.graph.flags import mode_of
 from compile_modes.graph.requests import check_overrides
 from compile_modes.graph.rewrite import assign
-from compile_modes.graph.sites import Site, sites
+from compile_modes.graph.sites import Site
+from compile_modes.graph.view import View
 
 
 @dataclass
@@ -32,9 +34,9 @@ class Request:
     """A program, and the modes that are asked of it. What was given is not edited.
 
     Attributes:
-        root: a module of its own, bound.
+        view: the graphs of a module of its own, bound.
         program: the program that it was made from, with the present values of its state.
-        holder: the module whose flags the sites read: ``root``, or the two-program module around it.
+        holder: the module whose flags the sites read: that module, or the two-program module around it.
         name: how ``program`` is called among those that the module was made from.
         plan: how it was bound; None if two exports decided that.
         remarks: what else binding would warn of.
@@ -45,17 +47,17 @@ class Request:
         complaints: what else isn't, or may not be, in the mode that is asked for. If none is: in the other mode.
     """
 
-    root: nn.Module
+    view: View
     program: ExportedProgram
     holder: nn.Module
     name: str = "model"
     plan: Plan | None = None
-    remarks: list[str] = field(default_factory=list)
+    remarks: list[ModeWarning] = field(default_factory=list)
     exact: ExportedProgram | None = None
     modes: dict[Site, bool | None] = field(default_factory=dict)
     overridden: set[Site] = field(default_factory=set)
     refused: list[tuple[Site, str]] = field(default_factory=list)
-    complaints: list[str] = field(default_factory=list)
+    complaints: list[ModeWarning] = field(default_factory=list)
 
     @property
     def changed(self) -> list[Site]:
@@ -64,17 +66,18 @@ class Request:
         return [s for s, mode in self.modes.items() if mode is not s.training and not s.modeless and s not in refused]
 
     def carried_out(self) -> ExportedProgram:
-        """The program in these modes. To be called once: it edits ``root``."""
+        """The program in these modes. To be called once: it edits the module."""
         if self.exact is not None:
             return spelled_out(self.exact)
         changed = self.changed
         if not changed:
             return spelled_out(self.program)
         attention = [site.node for site in changed if site.op.family == "attention"]
-        own(self.root)
-        write_back(self.root, {s: bool(mode) for s, mode in self.modes.items() if s.bound or s in changed})
-        spell_out(self.root)
-        return _in_dialect_of(self.program, relift(self.root, self.program, attention))
+        root = self.view.root
+        own(root)
+        write_back(self.view, {s: bool(mode) for s, mode in self.modes.items() if s.bound or s in changed})
+        spell_out(root)
+        return _in_dialect_of(self.program, relift(root, self.program, attention))
 
 
 def baked(
@@ -106,20 +109,22 @@ def baked(
         ModeWarning: with ``allow_stuck``, what is not in that mode.
     """
     request = prepare(exported, training, overrides)
-    refused = refusals(request)
-    if refused and not allow_stuck:
-        raise OverrideError(refused)
+    if request.refused and not allow_stuck:
+        raise messages.OVERRIDES_REFUSED.error(sites=_refused(request))
     if request.complaints and not allow_stuck:
-        raise BindError("\n".join(request.complaints))
-    for text in [*([refused] if refused else []), *request.complaints]:
-        warnings.warn(text, ModeWarning, stacklevel=2)
+        raise messages.NOT_IN_MODE.error(complaints="\n".join(map(str, request.complaints)))
+    for warning in [*refusals(request), *request.complaints]:
+        messages.warn(warning)
     return request.carried_out()
 
 
-def refusals(request: Request) -> str:
+def refusals(request: Request) -> list[ModeWarning]:
     """What to say of the overrides that can't be carried out; empty if all can."""
-    lines = [f"  {site}: {why}" for site, why in request.refused]
-    return "\n".join(["overrides name sites that can't be put into that mode:", *lines]) if lines else ""
+    return [messages.OVERRIDES_STUCK.warning(sites=_refused(request))] if request.refused else []
+
+
+def _refused(request: Request) -> str:
+    return "\n".join(f"  {site}: {why}" for site, why in request.refused)
 
 
 def prepare(
@@ -132,7 +137,7 @@ def prepare(
         request, present = _one(module, (), None), None
     else:
         request, present = _stored(module, training), flags(module)
-    found = sites(request.root)
+    found = find(request.view)
     if present is not None:
         set_flags(request.holder, present)
     if training is not None:
@@ -150,19 +155,16 @@ def prepare(
 
 def _one(program: ExportedProgram, keep: Sequence[str], dropout_p: Mapping[str, float] | None) -> Request:
     root, plan, remarks = bind_root(program, keep, dropout_p)
-    return Request(root, program, root, plan=plan, remarks=remarks)
+    return Request(View(root), program, root, plan=plan, remarks=remarks)
 
 
 def _stored(module: nn.Module, training: bool | None) -> Request:
     """A fresh module from what ``module`` was made from, in the modes that its program was exported in."""
     source = Source.of(module)
     if source is None:
-        raise BindError(
-            f"{type(module).__name__} was not made from an ExportedProgram by bind(), nor by export()",
-            remedy="pass the ExportedProgram itself, or bind() it and pass the result",
-        )
+        raise messages.NOT_OF_A_PROGRAM.error(kind=type(module).__name__)
     if not source.made(module):
-        raise BindError("the module's graph was edited after it was bound", remedy="pass a module that bind() returned")
+        raise messages.EDITED.error()
     stored = {name: _with_state_of(module, program) for name, program in source.programs.items()}
     if stored.keys() == {"model"}:
         return _one(stored["model"], source.keep, source.dropout_p or None)
@@ -170,8 +172,8 @@ def _stored(module: nn.Module, training: bool | None) -> Request:
     exact = stored["train" if mode else "eval"]
     holder = reassemble(stored, {}, source.known)
     if isinstance(holder, DualModule):
-        return Request(holder.train(mode).program(mode), exact, holder, "train" if mode else "eval", exact=exact)
-    return Request(holder.train(), stored["train"], holder, "train", exact=exact)
+        return Request(View(holder.train(mode).program(mode)), exact, holder, "train" if mode else "eval", exact=exact)
+    return Request(View(holder.train()), stored["train"], holder, "train", exact=exact)
 
 
 def _with_state_of(module: nn.Module, program: ExportedProgram) -> ExportedProgram:
@@ -184,11 +186,7 @@ def _with_state_of(module: nn.Module, program: ExportedProgram) -> ExportedProgr
     for name, value in {**state, **constants}.items():
         before = program.state_dict[name] if name in state else program.constants[name]
         if isinstance(before, torch.Tensor) and _kind(value) != _kind(before):
-            raise BindError(
-                f"the program was exported with a {_kind(before)}, the module has a {_kind(value)}",
-                where=name,
-                remedy="export again after changing dtypes, shapes or devices",
-            )
+            raise messages.OTHER_STATE.error(before=_kind(before), now=_kind(value), name=name)
     return pt2.with_state(program, state, {**program.constants, **constants})
 
 
@@ -196,7 +194,7 @@ def _kind(value: Any) -> str:
     return f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
 
 
-def _complaints(request: Request, training: bool | None) -> list[str]:
+def _complaints(request: Request, training: bool | None) -> list[ModeWarning]:
     """What binding would warn of, as far as it concerns the modes that are asked for."""
     plan, modes = request.plan, request.modes
     asks = training is not None or bool(request.overridden)
@@ -211,9 +209,11 @@ def _complaints(request: Request, training: bool | None) -> list[str]:
         stuck = [(s, why) for s, why in planned if s.training is not training and s.node not in named]
         computed = [s for s in modes if s.training is None and not s.modeless and s not in request.overridden]
         stuck += [(s, s.refusal(training)) for s in computed]
-    program = plan.program if plan is not None else bool(request.root.training)
+    program = plan.program if plan is not None else bool(request.view.root.training)
     unclear = plan.unclear if plan is not None and calming else []
-    concerned = Plan(False, program, {}, waking, stuck, [], set(), unclear=unclear, overriding=overriding(waking))
+    concerned = Plan(
+        request.view, False, program, {}, waking, stuck, [], set(), unclear=unclear, overriding=overriding(waking)
+    )
     same = plan is not None and bool(plan.modes) and plan.program is training and not request.changed
     return [*planning.complaints(concerned), *([] if same else request.remarks)]
 
@@ -229,4 +229,4 @@ def _in_dialect_of(program: ExportedProgram, lifted: ExportedProgram) -> Exporte
 
 
 def _targets(program: ExportedProgram) -> set[Any]:
-    return {node.target for body in bodies(program.graph_module) for node in body.graph.nodes}
+    return {node.target for node in View(program.graph_module).nodes()}

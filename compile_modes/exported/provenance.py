@@ -6,9 +6,9 @@ from typing import Any
 from torch import nn
 from torch.export import ExportedProgram
 
-from compile_modes.graph.bodies import bodies
 from compile_modes.graph.dual import DualModule
 from compile_modes.graph.flags import CELL
+from compile_modes.graph.view import View
 
 _KEY = "compile_modes_source"
 
@@ -64,11 +64,11 @@ def set_flags(module: nn.Module, modes: Mapping[str, bool]) -> None:
         if name in present:
             present[name].training = mode
     for submodule in present.values():
-        for name, child in submodule._modules.items():
-            if name == CELL and child is not None:
-                child.training = submodule.training
+        cell = submodule._modules.get(CELL)
+        if cell is not None:
+            cell.training = submodule.training
 
 
 def _code(module: nn.Module) -> list[str]:
     roots = [module.program(mode) for mode in (True, False)] if isinstance(module, DualModule) else [module]
-    return [str(body.graph) for root in roots for body in bodies(root)]
+    return [str(body.graph) for root in roots for body in View(root).bodies]

@@ -8,18 +8,19 @@ overwrite what autograd has saved. In training IR one op does it all.
 import copy
 import heapq
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import fx, nn
 
-from compile_modes import _compat
+from compile_modes import _compat, messages
 from compile_modes.graph import calls
-from compile_modes.graph.bodies import Body, attribute, bodies, join
 from compile_modes.graph.ops import STATS, ModeOp, lookup
+from compile_modes.graph.owners import join
 from compile_modes.graph.sites import add_note, note
+from compile_modes.graph.view import Body, View, attribute
 
 _COPY_ = torch.ops.aten.copy_.default
 _ADD = torch.ops.aten.add.Tensor
@@ -31,11 +32,13 @@ class Recomposed:
     """What :func:`recompose` did.
 
     Attributes:
+        view: the module as it is now.
         decomposed: whether the program is decomposed, as far as can be told.
         rebuilt: the nodes of training IR that stand in the place of decomposed ones now.
         refused: the batch norms that stay as they are, each with the reason.
     """
 
+    view: View
     decomposed: bool
     rebuilt: list[fx.Node] = field(default_factory=list)
     refused: list[tuple[fx.Node, str]] = field(default_factory=list)
@@ -48,7 +51,7 @@ class Recomposed:
             _compat.refresh(module)
 
 
-def recompose(root: nn.Module, program: torch.export.ExportedProgram | None = None) -> Recomposed:
+def recompose(view: View, program: torch.export.ExportedProgram | None = None) -> Recomposed:
     """Rewrites what is left of batch norms and dropouts in a decomposed graph into training IR, in place.
 
     A batch norm is rewritten if its statistics are buffers of the module, nothing but batch norms reads them once
@@ -57,15 +60,14 @@ def recompose(root: nn.Module, program: torch.export.ExportedProgram | None = No
     of its statistics from then on, so that backward works.
 
     Args:
-        root: a module made of an exported program. If that wasn't decomposed, there is nothing to rewrite.
+        view: a module made of an exported program. If that wasn't decomposed, there is nothing to rewrite.
         program: the program itself, if at hand: it knows whether it is decomposed.
     """
-    graphs = bodies(root)
-    rows = {body: list(_rows(body)) for body in graphs}
+    rows = {b: [(n, row) for n in b.graph.nodes if (row := lookup(n.target))] for b in view.bodies}
     # Programs know. A module is given away by the ops in it, but even a program of training IR may hold a few of those.
     hints = any(row.decomposed for found in rows.values() for _, row in found)
-    done = Recomposed(program.dialect == "ATEN" if program is not None else hints)
-    for body in graphs:
+    done = Recomposed(view, program.dialect == "ATEN" if program is not None else hints)
+    for body in view.bodies:
         apart = [_Apart.of(node, row) for node, row in rows[body] if row.whole]
         norms = [op for op in apart if any(op.operand(name) is not None for name in op.row.stats)]
         others = [op for op in apart if not op.row.stats and not op.obstacle()]
@@ -77,13 +79,9 @@ def recompose(root: nn.Module, program: torch.export.ExportedProgram | None = No
             _norms(body, norms, done)
             done.rebuilt += _rebuild(others)
             _compat.refresh(body.module)
+    if done._before:
+        done.view = View(view.root)
     return done
-
-
-def _rows(body: Body) -> Iterator[tuple[fx.Node, ModeOp]]:
-    for node in body.graph.nodes:
-        if node.op == "call_function" and (row := lookup(node.target)) is not None:
-            yield node, row
 
 
 @dataclass(eq=False)
@@ -138,12 +136,12 @@ def _norms(body: Body, norms: list[_Apart], done: Recomposed) -> None:
     by_node = {norm.node: norm for norm in norms}
     reads: dict[int, list[fx.Node]] = {}
     for node in body.graph.find_nodes(op="get_attr"):
-        reads.setdefault(id(attribute(body.module, str(node.target))), []).append(node)
+        reads.setdefault(id(body.view.held[node]), []).append(node)
     groups: dict[tuple[int, ...], _Group] = {}
     for norm in norms:
         found = [_buffer(body, norm.operand(name), by_node) for name in STATS]
         norm.buffers = tuple(node for node in found if node is not None)
-        key = tuple(id(attribute(body.module, str(node.target))) for node in norm.buffers)
+        key = tuple(id(body.view.held[node]) for node in norm.buffers)
         if len(key) < len(STATS):
             key = (id(norm),)  # on its own, to be refused
         groups.setdefault(key, _Group(body, reads)).norms.append(norm)
@@ -166,7 +164,7 @@ def _buffer(body: Body, value: Any, norms: dict[fx.Node, _Apart]) -> fx.Node | N
             value = next((norm.operand(name) for name in STATS if node in norm.new(name)), None)
         else:
             return None
-    held = attribute(body.module, str(value.target)) if isinstance(value, fx.Node) else None
+    held = body.view.held[value] if isinstance(value, fx.Node) else None
     return value if isinstance(held, torch.Tensor) else None
 
 
@@ -221,7 +219,7 @@ class _Group:
 
         Says how the two come apart, or notes the copies that become superfluous.
         """
-        tensor = attribute(self.body.module, str(buffer.target))
+        tensor = self.body.view.held[buffer]
         aliases = set(self.reads[id(tensor)])
         versions: dict[fx.Node, int] = {}
         held = updated = 0
@@ -286,7 +284,7 @@ def _whole(op: _Apart) -> fx.Node:
 def _refuse(norm: _Apart, why: str) -> None:
     """Notes the reason, and lets a batch norm in train read copies: the graph overwrites its statistics later."""
     if "refusal" not in note(norm.node):
-        add_note(norm.node, refusal=f"decomposed, and {why}")
+        add_note(norm.node, refusal=messages.NOT_RECOMPOSED.reason(why=why))
     for name in STATS if norm.training is not False else ():
         operand = norm.operand(name)
         if norm.row.new_state(name) is not None and isinstance(operand, fx.Node) and operand.op == "get_attr":

@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import nn
 
+from compile_modes import messages
 from compile_modes.archive import programs as archive
 from compile_modes.archive.container import FileLike, label
-from compile_modes.errors import ArchiveError
 from compile_modes.exported.assembling import reassemble
 from compile_modes.exported.binding import bind
 from compile_modes.exported.provenance import Source, flags, set_flags
@@ -30,17 +30,9 @@ def save(module: nn.Module, path: FileLike) -> None:
     module = getattr(module, "_orig_mod", module)
     source = Source.of(module)
     if source is None:
-        raise ArchiveError(
-            f"{type(module).__name__} was not made from an ExportedProgram by bind(), nor by export()",
-            where=label(path),
-            remedy="bind the ExportedProgram itself, not its module(), and save the result",
-        )
+        raise messages.NOT_SAVABLE.error(kind=type(module).__name__, file=label(path))
     if not source.made(module):
-        raise ArchiveError(
-            "the module's graph was edited after it was bound",
-            where=label(path),
-            remedy="save before bake() or other tools edit the graph",
-        )
+        raise messages.EDITED_SINCE.error(file=label(path))
     held = dict(module.named_buffers(remove_duplicate=False)) | dict(module.named_parameters(remove_duplicate=False))
     names = {n for p in source.programs.values() for n in (*p.state_dict, *p.graph_signature.non_persistent_buffers)}
     notes: dict[str, Any] = {"flags": flags(module), "keep": list(source.keep), "dropout_p": dict(source.dropout_p)}
@@ -68,4 +60,4 @@ def load(path: FileLike) -> nn.Module:
             module: nn.Module = bind(programs["model"], keep=keep, dropout_p=dropout_p or None)
             set_flags(module, modes)
             return module
-    raise ArchiveError("the programs in the file were not written by save()", where=label(path))
+    raise messages.OTHER_WRITER.error(file=label(path))

@@ -13,7 +13,7 @@ from compile_modes.exported.merging import Decide, merge
 from compile_modes.exported.traces import Op, Trace, Unmatched, Vector, depth_of, prefix, trace
 from compile_modes.exported.trees import Tree
 from compile_modes.exported.verdicts import decided
-from compile_modes.graph.bodies import module_path
+from compile_modes.graph.owners import module_path
 
 
 @dataclass
@@ -62,8 +62,12 @@ class OneGraph:
         self.tree = Tree(list(first.ops), first.outputs)
         self.root = programs[-1].root
         same_structure(programs)
+        self.follows_owners = True  # whether each op that differs is decided by the module that it is of
         for before, after in itertools.pairwise(programs):
-            merge(self.tree, trace(after.root, after.vector), decider_between(before.depth, after.depth, guess=guess))
+            pieces = merge(
+                self.tree, trace(after.root, after.vector), decider_between(before.depth, after.depth, guess=guess)
+            )
+            self.follows_owners &= all(op.owner == p.decider for p in pieces for op in (*p.old, *p.new))
         prune(self.tree)
         self.decisions = dict(decided(all_ops(self.tree.items)))
 

@@ -13,9 +13,10 @@ from torch import fx
 from torch._ops import OpOverload
 
 from compile_modes import _compat
-from compile_modes.graph.bodies import attribute, canonical, module_path
+from compile_modes.graph.finding import sites
 from compile_modes.graph.ops import ModeOp, lookup
-from compile_modes.graph.sites import sites
+from compile_modes.graph.owners import canonical, module_path
+from compile_modes.graph.view import attribute
 
 aten = torch.ops.aten
 # A region of these is a state that its ops run in, so that it may be cut anywhere.

@@ -8,8 +8,9 @@ from torch import fx
 
 from compile_modes.exported.aligning import probability
 from compile_modes.exported.traces import Graph, Op, Unmatched, Vector, ancestors
-from compile_modes.graph.bodies import attribute, module_path
 from compile_modes.graph.ops import ModeOp, lookup
+from compile_modes.graph.owners import module_path
+from compile_modes.graph.view import attribute
 
 
 @dataclass

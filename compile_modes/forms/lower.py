@@ -4,21 +4,19 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from compile_modes import logs
+from compile_modes import logs, messages
 from compile_modes.forms.recurrent import split_layers
 from compile_modes.forms.saved_reads import pin_reads
 from compile_modes.graph.sites import Site
-from compile_modes.messages import warn_once
+from compile_modes.graph.view import View
 
 
 def lower(graph: fx.GraphModule, found: Sequence[Site]) -> fx.GraphModule:
     """Lowers sites as their mode, now final, asks for."""
-    chosen, left = split_layers(graph, found)
+    view = View(graph)
+    chosen, left = split_layers(view, found)
     logs.forms(chosen)
     for site in left:
-        warn_once(
-            f"{site.op.overload} (owner {site.owner!r}) is compiled without its dropout between layers: torch's "
-            "decomposition loses it (_decomp/decompositions.py). Run this module in eager mode to train with it."
-        )
-    pin_reads(graph, found)
+        messages.RNN_DROPOUT_LOST.warn_once(op=site.op.overload, owner=site.owner)
+    pin_reads(view, found)
     return graph

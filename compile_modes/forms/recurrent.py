@@ -14,14 +14,14 @@ from torch import fx, nn
 
 from compile_modes import _compat
 from compile_modes._compat.tracing import trace_in_place_of
-from compile_modes.graph.bodies import Body, bodies
 from compile_modes.graph.sites import Site
+from compile_modes.graph.view import Body, View
 
 _Layer = Callable[[dict[str, Any]], tuple[torch.Tensor, ...]]
 _LSTM = torch.ops.aten.lstm.input
 
 
-def split_layers(root: fx.GraphModule, found: Iterable[Site]) -> tuple[list[tuple[Site, str]], list[Site]]:
+def split_layers(view: View, found: Iterable[Site]) -> tuple[list[tuple[Site, str]], list[Site]]:
     """Replaces, in place, each recurrent site that torch's decomposition would get wrong by what it stands for.
 
     - One that trains with dropout between layers becomes a call of the same overload per layer, and a dropout of the
@@ -33,7 +33,7 @@ def split_layers(root: fx.GraphModule, found: Iterable[Site]) -> tuple[list[tupl
     Others stay as they are, and so does every other node. New nodes carry the meta of the site that they stand for.
 
     Args:
-        root: a pre-autograd graph, captured or Dynamo's, with fake tensors in its meta and modes in place.
+        view: a pre-autograd graph, captured or Dynamo's, with fake tensors in its meta and modes in place.
         found: its sites.
 
     Returns:
@@ -41,7 +41,7 @@ def split_layers(root: fx.GraphModule, found: Iterable[Site]) -> tuple[list[tupl
         not be: those on packed sequences, whose batch sizes no trace knows.
     """
     recurrent = [site for site in found if site.op.family == "rnn" and not site.op.refusal]
-    followed = _followed(bodies(root)) if recurrent else set()
+    followed = _followed(view.bodies) if recurrent else set()
     chosen: list[tuple[Site, str]] = []
     left: list[Site] = []
     edited: set[nn.Module] = set()

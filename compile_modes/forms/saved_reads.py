@@ -9,15 +9,15 @@ from torch._ops import OpOverload
 from torch.utils.checkpoint import CheckpointPolicy
 
 from compile_modes.graph import calls
-from compile_modes.graph.bodies import Body, bodies, state_path
 from compile_modes.graph.sites import Site
+from compile_modes.graph.view import Body, View
 
 _PINNED = "compile_modes_pinned"  # in the meta of a graph with pinned reads
 # AOTAutograd's cache does not look at the tag, and must not answer with what was compiled without it.
 _CACHE_KEY = "compile_modes: reads of mutated buffers are saved"
 
 
-def pin_reads(graph: fx.GraphModule, found: Iterable[Site]) -> list[fx.Node]:
+def pin_reads(view: View, found: Iterable[Site]) -> list[fx.Node]:
     """Forbids AOTAutograd to compute again, in the backward pass, what was read from a buffer that the graph writes.
 
     Its partitioner repeats cheap ops in the backward pass instead of saving their results. By then, batch norm has
@@ -26,21 +26,20 @@ def pin_reads(graph: fx.GraphModule, found: Iterable[Site]) -> list[fx.Node]:
     pytorch/pytorch#197039). Only the tag of nodes changes, so that the graph computes what it did.
 
     Args:
-        graph: a captured graph, its sites in their final modes.
+        view: a captured graph, its sites in their final modes.
         found: its sites.
 
     Returns:
         The nodes that are saved where the backward pass needs them.
     """
     sites = {site.node: site for site in found}
-    graphs = bodies(graph)
-    operands = [(s.body, s.read(name)) for s in sites.values() if s.training for name in s.op.stats]
-    operands += [(body, value) for body in graphs for node in body.graph.nodes for value in _written(node)]
-    written = {path for body, value in operands if (path := state_path(body, value))}
-    pinned = [n for body in graphs for n in _reads(body, written) if n not in sites and not calls.is_counter(n)]
+    operands = [s.read(name) for s in sites.values() if s.training for name in s.op.stats]
+    operands += [value for node in view.nodes() for value in _written(node)]
+    written = {path for value in operands if isinstance(value, fx.Node) and (path := view.state[value])}
+    pinned = [n for body in view.bodies for n in _reads(body, written) if n not in sites and not calls.is_counter(n)]
     for node in pinned:
         node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-    graph.meta[_PINNED] = bool(pinned)
+    view.root.__dict__["meta"][_PINNED] = bool(pinned)
     return pinned
 
 
@@ -60,7 +59,8 @@ def keyed(compile_fx: Callable[..., Callable[..., Any]]) -> Callable[..., Callab
 
 def _reads(body: Body, written: set[str]) -> Iterator[fx.Node]:
     """The nodes that make a value of their own from one of these buffers, or from a view of it."""
-    aliases = {n for n in body.graph.nodes if n.op in ("placeholder", "get_attr") and state_path(body, n) in written}
+    state = body.view.state
+    aliases = {n for n in body.graph.nodes if n.op in ("placeholder", "get_attr") and state[n] in written}
     for node in body.graph.nodes:
         if node.op != "call_function" or aliases.isdisjoint(node.all_input_nodes):
             continue

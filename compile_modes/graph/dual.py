@@ -1,13 +1,16 @@
 """Two programs of one model, for what flags can't express: its ``forward`` runs the one for ``self.training``."""
 
 import copy
-import warnings
+import functools
+import inspect
+import types
 from collections.abc import Collection
-from typing import Any
+from typing import Any, cast
 
 from torch import fx, nn
 
-from compile_modes.errors import ModeWarning
+from compile_modes import messages
+from compile_modes._compat.copies import Copying
 
 
 class DualModule(nn.Module):
@@ -37,6 +40,10 @@ class DualModule(nn.Module):
             self._non_persistent_buffers_set.update(program._non_persistent_buffers_set)
         self._link()
         self.training = train.training
+        signature = vars(train).get("__signature__")
+        if signature is not None:
+            self.__dict__["__signature__"] = signature
+            self.__class__ = _with_forward(signature)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the program of the present mode on the inputs that the model was exported with."""
@@ -60,12 +67,16 @@ class DualModule(nn.Module):
             for program in self.__dict__.get("_programs", {}).values():
                 program.training = value
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "DualModule":
+    def _copied(self, memo: dict[int, Any]) -> "DualModule":
         copied: DualModule = nn.Module.__new__(type(self))
         memo[id(self)] = copied
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        state = {name: value for name, value in self.__dict__.items() if name != "_compiled_call_impl"}
+        copied.__dict__.update(copy.deepcopy(state, memo))
+        copied._compiled_call_impl = None
         copied._link()
         return copied
+
+    __deepcopy__ = Copying(_copied)
 
     def _link(self) -> None:
         """Lets the programs have this module's submodules and state, also when those are replaced later."""
@@ -85,12 +96,8 @@ class Follower(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "training" and value is not self._follows[0].training:
-            warnings.warn(
-                f"what Python decides by the mode of {self._follows[1]!r} follows the root here, which is in "
-                f"{'eval' if value else 'train'} mode: only ops follow the mode of this submodule",
-                ModeWarning,
-                stacklevel=3,
-            )
+            root = "eval" if value else "train"
+            messages.FOLLOWS_ROOT.warn(module=self._follows[1], mode=root)
 
 
 def share(train: nn.Module, evaluation: nn.Module) -> None:
@@ -119,3 +126,17 @@ def _merge(one: nn.Module, other: nn.Module) -> None:
 def _private(name: str, module: nn.Module) -> bool:
     """Whether a child of a program is a part of its graph: the body of a region, or the check of its inputs."""
     return isinstance(module, fx.GraphModule) or name == "_guards_fn"
+
+
+@functools.cache
+def _with_forward(signature: inspect.Signature) -> type[DualModule]:
+    """A class whose ``forward``, which trainers ask for the names of its arguments, says those of the programs.
+
+    One for all modules of a signature, which share what Dynamo has compiled.
+    """
+    kind, known = DualModule, cast(Any, DualModule.forward)
+    forward: Any = types.FunctionType(known.__code__, known.__globals__, known.__name__)
+    forward.__doc__, forward.__qualname__, forward.__module__ = known.__doc__, known.__qualname__, known.__module__
+    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    forward.__signature__ = signature.replace(parameters=[first, *signature.parameters.values()])
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__})

@@ -1,13 +1,18 @@
-"""The edits that a change of mode consists of, each of one node or a few."""
+"""The edits that a change of mode consists of, each of one node or a few; and graphs of one's own to edit."""
 
+import copy
 import operator
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
+from compile_modes import _compat
 from compile_modes.graph import calls
 from compile_modes.graph.sites import Reach, Site
+from compile_modes.graph.view import Body, View, attribute
+
+OWNED = "compile_modes_owned"  # in the meta of a body that belongs to one module alone
 
 _RELAYING = (
     operator.getitem,
@@ -15,6 +20,40 @@ _RELAYING = (
     torch.ops.aten.permute.default,
     torch.ops.aten.contiguous.default,
 )
+
+
+def own(root: nn.Module) -> bool:
+    """Gives ``root`` bodies of its own, ahead of an edit; returns whether any was replaced.
+
+    ``ep.module()`` and ``unflatten(ep)`` hand out the very body modules of the ExportedProgram, so an edit in place
+    would reach the program and every other module made from it.
+    """
+    replaced: set[nn.Module] = set()
+    for body in View(root).bodies:
+        if body.parent is None or body.caller is None:
+            continue
+        module = body.module
+        if body.parent.module in replaced:
+            replaced.add(module)  # below a copy, which has seen to its own bodies
+        elif body.caller.op == "call_function" and isinstance(module, fx.GraphModule) and OWNED not in module.meta:
+            copied = fx.GraphModule(module, copy.deepcopy(body.graph))
+            copied.meta = {**module.meta, OWNED: True}
+            own(copied)
+            holder, _, name = body.path.removeprefix(body.parent.path).lstrip(".").rpartition(".")
+            setattr(attribute(body.parent.module, holder) if holder else body.parent.module, name, copied)
+            replaced.add(module)
+    return bool(replaced)
+
+
+def hoist_constants(root: nn.Module) -> None:
+    """Moves the constants of a program out of its submodules, where another program may have others of the name."""
+    for node in root.graph.find_nodes(op="get_attr"):  # type: ignore[union-attr, operator]
+        path, _, name = str(node.target).rpartition(".")
+        holder = attribute(root, path) if path else root
+        if path and isinstance(vars(holder).get(name), torch.Tensor):
+            node.target = f"_constant_{len(vars(root))}"
+            setattr(root, node.target, vars(holder)[name])
+    _compat.refresh(root)
 
 
 def set_argument(site: Site, name: str, value: Any) -> None:
@@ -57,16 +96,15 @@ def loosen_views(attention: fx.Node) -> None:
 
 def insert_step(reach: Reach, flag: fx.Node | bool) -> fx.Node:
     """A new step of a counter, bound to ``flag`` or unconditional."""
-    counter = reach.counter if isinstance(reach.counter, fx.Node) else attr_node(reach.body.graph, reach.counter)
+    counter = reach.counter if isinstance(reach.counter, fx.Node) else attr_node(reach.body, reach.counter)
     return calls.insert_counter(reach.body.graph, reach.anchor, counter, flag)
 
 
-def attr_node(graph: fx.Graph, target: str) -> fx.Node:
+def attr_node(body: Body, target: str) -> fx.Node:
     """The ``get_attr`` node for an attribute; a new one, before the first computation, if there is none."""
-    for node in graph.find_nodes(op="get_attr", sort=False):
-        if node.target == target:
-            return cast(fx.Node, node)
-    # Not graph.get_attr(): it warns about attributes that are neither parameters, buffers nor modules.
-    first = next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
-    with graph.inserting_before(first):
-        return graph.create_node("get_attr", target)
+    graph, reads, head = body.graph, body.view.reads[body.graph], body.view.head
+    if target not in reads:
+        # Not graph.get_attr(): it warns about attributes that are neither parameters, buffers nor modules.
+        with graph.inserting_after(head[graph]):
+            reads[target] = head[graph] = graph.create_node("get_attr", target)
+    return reads[target]

@@ -11,8 +11,8 @@ from torch._ops import HigherOrderOperator, OpOverload
 
 from compile_modes import _compat
 from compile_modes.graph import calls
-from compile_modes.graph.bodies import attribute
 from compile_modes.graph.ops import lookup
+from compile_modes.graph.view import attribute
 
 
 def has_effect(module: Any, node: fx.Node) -> bool:

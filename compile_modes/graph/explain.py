@@ -8,13 +8,17 @@ from typing import Any
 from torch import fx, nn
 from torch._ops import OpOverload
 
-from compile_modes import _compat, console
-from compile_modes.graph.bodies import Body, bodies, called, module_classes, module_path, state_path
+from compile_modes import _compat, console, messages
+from compile_modes.graph.aliases import reused
 from compile_modes.graph.dual import DualModule
+from compile_modes.graph.finding import find, graph_root
 from compile_modes.graph.flags import is_flag
 from compile_modes.graph.ops import lookup
+from compile_modes.graph.owners import module_classes
 from compile_modes.graph.regions import samplers
-from compile_modes.graph.sites import KEPT, REMARKS, Site, graph_root, note, sites
+from compile_modes.graph.requests import MODES
+from compile_modes.graph.sites import KEPT, REMARKS, Site, note
+from compile_modes.graph.view import Body, View
 
 
 def explain(obj: Any) -> str:
@@ -43,20 +47,20 @@ def survey(obj: Any) -> dict[str, Any]:
     """
     module = getattr(obj, "_orig_mod", obj)
     if not isinstance(module, DualModule):
-        root = graph_root(module)  # once: each call of a program's module() makes other nodes
-        return {"difference": None, "programs": [surveyed(root, sites(root))]}
-    roots = {name: module.program(name == "train") for name in ("train", "eval")}
-    programs = [surveyed(root, sites(root), name) for name, root in roots.items()]
+        view = View(graph_root(module))  # once: each call of a program's module() makes other nodes
+        return {"difference": None, "programs": [surveyed(view, find(view))]}
+    views = {name: View(module.program(name == "train")) for name in ("train", "eval")}
+    programs = [surveyed(view, find(view), name) for name, view in views.items()]
     return {"difference": module.difference, "programs": programs}
 
 
 def surveyed(
-    root: nn.Module, found: list[Site], program: str | None = None, overridden: Collection[fx.Node] = ()
+    view: View, found: list[Site], program: str | None = None, overridden: Collection[fx.Node] = ()
 ) -> dict[str, Any]:
     """One program of a survey.
 
     Args:
-        root: the module with the graph, and ``found`` its sites.
+        view: the program's graphs, and ``found`` their sites.
         program: "train" or "eval" if it is one of two.
         overridden: nodes of sites that an override puts where they are.
 
@@ -65,7 +69,8 @@ def surveyed(
         - ``sites``: in graph order, each with ``op``, ``family``, ``owner`` (dotted path, "" for the root), ``mode``
           ("train", "eval"; None if it has none), ``held_by`` ("flag", "literal", "hard-coded", "kept", "override"),
           ``inverted`` (in train when its flag says eval), ``modeless`` (computes the same in both modes), ``literals``
-          (p, or momentum and eps), and ``limits`` ("train" or "eval", and why it can't be put there).
+          (p, or momentum and eps), ``limits`` ("train" or "eval", and why it can't be put there), and ``codes``, those
+          of these reasons in the catalogue ("" for one that an older release has noted in the program).
         - ``totals``: how many sites of each family.
         - ``remarks``: what may depend on mode and is no site, a line each.
     """
@@ -73,7 +78,7 @@ def surveyed(
         "program": program,
         "sites": [_described(site, site.node in overridden) for site in found],
         "totals": dict(sorted(Counter(site.op.family for site in found).items())),
-        "remarks": _remarks(root, found),
+        "remarks": _remarks(view, found),
     }
 
 
@@ -89,12 +94,6 @@ def as_text(survey: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def reused(site: Site) -> bool:
-    """Whether users of a dropout exported in eval may have been users of its input: the two are one tensor there."""
-    first = site.op.family == "dropout" and site.training is False and not site.bound and len(site.node.users) > 1
-    return first or bool(note(site.node).get("reused"))
-
-
 def overriding(found: Iterable[Site]) -> list[str]:
     """Classes with a ``train()`` of their own above sites in eval, which it may be that keeps them there."""
     classes = {kind for site in found if site.training is False for kind in module_classes(site.node)}
@@ -105,7 +104,8 @@ def _table(program: Mapping[str, Any]) -> str:
     rows = []
     for site in program["sites"]:
         literals = ", ".join(f"{name}={value}" for name, value in site["literals"].items())
-        limits = [f"not to {mode}: {why}" for mode, why in site["limits"].items()]
+        codes = {mode: f" ({code})" if code else "" for mode, code in site["codes"].items()}
+        limits = [f"not to {mode}{codes[mode]}: {why}" for mode, why in site["limits"].items()]
         limits = ["the same computation in both modes"] if site["modeless"] else limits
         held_by = site["held_by"] + (", inverted" if site["inverted"] and site["held_by"] == "flag" else "")
         rows.append((site["op"], site["owner"] or "(root)", site["mode"] or "-", held_by, literals, "; ".join(limits)))
@@ -115,6 +115,7 @@ def _table(program: Mapping[str, Any]) -> str:
 
 
 def _described(site: Site, overridden: bool) -> dict[str, Any]:
+    reasons = {mode: messages.parted(why) for mode, t in MODES.items() if (why := site.refusal(t))}
     return {
         "op": str(site.op),
         "family": site.op.family,
@@ -124,7 +125,8 @@ def _described(site: Site, overridden: bool) -> dict[str, Any]:
         "inverted": site.inverted,
         "modeless": site.modeless,
         "literals": _branches(site) if site.op.family == "switch" else _literals(site),
-        "limits": {name: why for name, t in (("train", True), ("eval", False)) if (why := site.refusal(t))},
+        "limits": {mode: text for mode, (_, text) in reasons.items()},
+        "codes": {mode: code for mode, (code, _) in reasons.items()},
     }
 
 
@@ -134,7 +136,7 @@ def _literals(site: Site) -> dict[str, Any]:
 
 def _branches(site: Site) -> dict[str, Any]:
     """What each branch of a switch does: how many ops, and the buffers that it writes."""
-    return dict(zip(("train", "eval"), map(_does, called(site.body, site.node)), strict=True))
+    return dict(zip(("train", "eval"), map(_does, site.body.view.run_by(site.node)), strict=True))
 
 
 def _does(body: Body) -> str:
@@ -143,7 +145,7 @@ def _does(body: Body) -> str:
     while pending:
         body = pending.pop()
         for node in body.graph.nodes:
-            inner = called(body, node)
+            inner = body.view.run_by(node) if node.op == "call_function" else []
             pending += inner
             ops += node.op == "call_function" and not inner and node.target is not operator.getitem
             written.update(_written(body, node))
@@ -162,22 +164,20 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, float | int | None) else str(value)
 
 
-def _remarks(root: nn.Module, found: list[Site]) -> list[str]:
+def _remarks(view: View, found: list[Site]) -> list[str]:
     known = {node for site in found for node in (site.node, site.step, *(site.region.nodes if site.region else ()))}
-    lines: list[str] = list(getattr(root, "meta", {}).get(REMARKS, ()))
-    lines += [f"not called: train() of {name}, which overrides nn.Module's" for name in overriding(found)]
-    lines += [
-        f"exported in eval: users of the input of {s} may stand as users of its result" for s in found if reused(s)
-    ]
-    for body in bodies(root):
+    lines: list[str] = list(getattr(view.root, "meta", {}).get(REMARKS, ()))
+    lines += [messages.NOT_CALLED.reason(kind=name) for name in overriding(found)]
+    lines += [messages.MAY_BE_ONE.reason(site=site) for site in found if reused(site)]
+    for body in view.bodies:
         if body.gated:
             continue
         for node in samplers(body):
             if node not in known and node.target not in _compat.UNCONDITIONAL_HOPS:
-                lines.append(f"in both modes: {node.target} draws random numbers (owner {module_path(node)!r})")
+                lines.append(messages.DRAWS.reason(op=node.target, owner=view.owner[node]))
         for node in body.graph.nodes:
             for path in _written(body, node) if node not in known and lookup(node.target) is None else ():
-                lines.append(f"in both modes: {node.target} writes the buffer {path!r} (owner {module_path(node)!r})")
+                lines.append(messages.WRITES.reason(op=node.target, path=path, owner=view.owner[node]))
     return lines
 
 
@@ -189,7 +189,8 @@ def _written(body: Body, node: fx.Node) -> list[str]:
     operands = [*node.args, *(None for _ in arguments[len(node.args) :])]
     values = [node.kwargs.get(a.name, operand) for a, operand in zip(arguments, operands, strict=True)]
     written = [v for a, v in zip(arguments, values, strict=True) if a.alias_info is not None and a.alias_info.is_write]
-    return [path for value in written if (path := state_path(body, value)) is not None]
+    state = body.view.state
+    return [path for value in written if isinstance(value, fx.Node) and (path := state[value]) is not None]
 
 
 def graph_text(root: nn.Module) -> str:
@@ -198,7 +199,7 @@ def graph_text(root: nn.Module) -> str:
     Parameters, buffers, constants and flags stand under their paths, inputs and results under the names of their nodes.
     Types, device and memory formats are left out.
     """
-    return "\n\n".join("\n".join(_lines(body)) for body in bodies(root))
+    return "\n\n".join("\n".join(_lines(body)) for body in View(root).bodies)
 
 
 def _lines(body: Body) -> Iterator[str]:
@@ -208,7 +209,7 @@ def _lines(body: Body) -> Iterator[str]:
         if node.op == "placeholder":
             names[node] = node.name
         elif node.op == "get_attr":
-            names[node] = str(node.target) if is_flag(node) else state_path(body, node) or str(node.target)
+            names[node] = str(node.target) if is_flag(node) else body.view.state[node] or str(node.target)
         else:
             names[node] = node.name
     yield f"{body.path or 'forward'}({', '.join(names[node] for node in inputs)}):"
@@ -218,7 +219,7 @@ def _lines(body: Body) -> Iterator[str]:
         elif node.op not in ("placeholder", "get_attr") and node.target != _compat.GUARDS:
             operands = [_shown(value, names) for value in node.args]
             operands += [f"{name}={_shown(value, names)}" for name, value in node.kwargs.items()]
-            owner = module_path(node)
+            owner = body.view.owner[node]
             yield f"    {node.name} = {_target(node)}({', '.join(operands)})" + (f"  # {owner}" if owner else "")
 
 

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from compile_modes.graph.bodies import Body, attribute, module_class, module_path
 from compile_modes.graph.ops import ModeOp, lookup
+from compile_modes.graph.owners import module_class
+from compile_modes.graph.view import Body, attribute
 
 CELL = "_mode_cell"  # name of a module that holds a flag only, for graphs that can't reach its owner
 _SOFTMAX = (torch.ops.aten.softmax.int, torch.ops.aten._softmax.default)
@@ -61,7 +62,7 @@ def without_dropout(body: Body) -> list[fx.Node]:
         ):
             row = lookup(node.target)
             if node.target in _SOFTMAX:
-                found[module_path(node)] = node
+                found[body.view.owner[node]] = node
             elif row is not None and row.family == "dropout":
-                found.pop(module_path(node), None)
+                found.pop(body.view.owner[node], None)
     return list(found.values())

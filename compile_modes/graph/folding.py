@@ -6,10 +6,11 @@ from typing import Any, cast
 
 from torch import fx, nn
 
-from compile_modes.graph.bodies import OWNED, Body, attribute, bodies
 from compile_modes.graph.calls import FOLDED, switch
+from compile_modes.graph.edits import OWNED
 from compile_modes.graph.regions import Region
 from compile_modes.graph.sizes import compute_at
+from compile_modes.graph.view import Body, View, attribute
 
 _REPLACED = "compile_modes_replaced"
 
@@ -27,7 +28,7 @@ def fold(region: Region, body: Body) -> fx.Node:
         inside[operand].meta = dict(operand.meta)
     for node in region.nodes:
         for held in (n for n in node.all_input_nodes if n not in inside):
-            holders[str(held.target)] = attribute(body.module, str(held.target))
+            holders[str(held.target)] = body.view.held[held]
             inside[held] = inner.create_node("get_attr", str(held.target))
         inside[node] = inner.node_copy(node, inside.__getitem__)
     inner.output(tuple(inside[node] for node, _ in region.results))
@@ -90,7 +91,7 @@ def _taken(call: fx.Node) -> tuple[fx.Node | None, list[fx.Node], list[Any]]:
 
 def unfold_literals(root: nn.Module) -> None:
     """Unfolds all calls with a literal mode, in place, for compilers that know aten ops only."""
-    for body in reversed(bodies(root)):  # what is within another call first
+    for body in reversed(View(root).bodies):  # what is within another call first
         for node in list(body.graph.nodes):
             if node.target in FOLDED and isinstance(node.args[0], bool):
                 unfold(node, body)

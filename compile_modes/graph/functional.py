@@ -8,14 +8,15 @@ from typing import Any
 
 from torch import fx
 
+from compile_modes import messages
 from compile_modes._compat import aten_overload
 from compile_modes.graph.ops import TABLE, ModeOp
 
 # In the meta of a call of a function that the graph does not show: the modes of what it calls, None if not known.
 HIDDEN = "compile_modes_hidden"
 
-KEPT = "it is in a part of the graph that is kept as Dynamo recorded it"
-_HIDDEN = "it is inside a function that the graph does not show"
+KEPT = messages.KEPT_CALL.reason()
+_HIDDEN = messages.HIDDEN_CALL.reason()
 _FLAGS = ("training", "use_input_stats")
 _FAMILIES = ("dropout", "batch_norm", "instance_norm", "rrelu", "attention")
 

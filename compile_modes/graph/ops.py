@@ -21,23 +21,18 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
+from compile_modes import messages
 from compile_modes._compat import aten_overload, draws_random_numbers
 from compile_modes.graph import calls
 from compile_modes.graph.cumulative import CUMULATIVE_BATCH_NORM
 
 STATS = ("running_mean", "running_var")
 
-_KERNEL = "a kernel below training IR: its extra inputs and outputs depend on the mode"
-_BACKWARD = "a backward kernel: it follows from the forward when autograd is derived"
-_DECOMPOSED = "decomposed: the mode is spread over several nodes; bind() puts it together again where it can"
-_LOST_DROPOUT = (
-    "no dropout on the attention weights: the module had none, or it was traced in eval mode and its p is lost"
-)
-_LOST_ITERATION = "spectral norm's power iteration is not in an eval export"
-_STUCK_ITERATION = "spectral norm's power iteration is not in a no_grad region of its own here, and can't be taken out"
-_FUSED = "a fused kernel of inference, to which torch's attention goes in eval without gradients: its dropout is lost"
-_UNTRACKED = "track_running_stats was turned off later: eval uses running statistics, which are not in a train export"
-_QUANTIZED = "a quantized RNN runs inference only"
+_KERNEL = messages.KERNEL.reason()
+_BACKWARD = messages.BACKWARD.reason()
+_DECOMPOSED = messages.DECOMPOSED.reason()
+_FUSED = messages.FUSED.reason()
+_QUANTIZED = messages.QUANTIZED.reason()
 
 
 @dataclass(frozen=True)
@@ -57,7 +52,7 @@ class ModeOp:
         decomposed: the op comes from ``run_decompositions()``; hardly anyone calls it directly.
         whole: name of the op in training IR that this one is a decomposition of; it takes the same arguments.
         implied: the mode that the op's name says; None if an argument says it.
-        refusal: why the op is never switched; empty if it can be.
+        refusal: why the op is never switched, a reason of the catalogue; empty if it can be.
     """
 
     overload: OpOverload | Callable[..., Any]
@@ -270,11 +265,11 @@ def _build() -> dict[Any, ModeOp]:
 TABLE = _build()
 
 # What a graph says of a mode by lacking something. No rows: the ops themselves mean the same in both modes.
-LOST_DROPOUT = ModeOp(torch.ops.aten.softmax.int, "attention", refusal=_LOST_DROPOUT)
-LOST_ITERATION = ModeOp(torch.ops.aten.vdot.default, "spectral_norm", refusal=_LOST_ITERATION)
-STUCK_ITERATION = ModeOp(torch.ops.aten.vdot.default, "spectral_norm", refusal=_STUCK_ITERATION)
+LOST_DROPOUT = ModeOp(torch.ops.aten.softmax.int, "attention", refusal=messages.LOST_DROPOUT.reason())
+LOST_ITERATION = ModeOp(torch.ops.aten.vdot.default, "spectral_norm", refusal=messages.LOST_ITERATION.reason())
+STUCK_ITERATION = ModeOp(torch.ops.aten.vdot.default, "spectral_norm", refusal=messages.STUCK_ITERATION.reason())
 
-UNTRACKED = ModeOp(torch.ops.aten.batch_norm.default, "batch_norm", refusal=_UNTRACKED)
+UNTRACKED = ModeOp(torch.ops.aten.batch_norm.default, "batch_norm", refusal=messages.UNTRACKED.reason())
 
 
 def lookup(target: Any) -> ModeOp | None:

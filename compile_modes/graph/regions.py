@@ -16,9 +16,9 @@ from torch import fx
 
 from compile_modes import _compat
 from compile_modes.graph import calls, sizes
-from compile_modes.graph.bodies import Body, attribute, module_path, state_path
 from compile_modes.graph.ops import is_sampler, lookup
 from compile_modes.graph.sizes import value
+from compile_modes.graph.view import Body
 
 aten = torch.ops.aten
 # What a random mask is applied with; random numbers that meet the model's values in any other op are no mask.
@@ -80,7 +80,11 @@ class Region:
 
 
 def regions(body: Body) -> list[Region]:
-    """The regions of one graph that are not folded yet, in graph order."""
+    """The regions of one graph that were not folded when its view was made, in graph order."""
+    return body.view.once(_regions, body)
+
+
+def _regions(body: Body) -> list[Region]:
     order = {node: index for index, node in enumerate(body.graph.nodes)}
     found = [region for node in samplers(body) if (region := _mask(body, node, order)) is not None]
     masks = _owned(body, found)
@@ -90,6 +94,10 @@ def regions(body: Body) -> list[Region]:
 
 def samplers(body: Body) -> list[fx.Node]:
     """The nodes that draw random numbers and have no mode, themselves or in a no_grad or autocast region below."""
+    return body.view.once(_samplers, body)
+
+
+def _samplers(body: Body) -> list[fx.Node]:
     return [node for node in body.graph.nodes if _samples(body, node)]
 
 
@@ -108,7 +116,7 @@ def iterations(body: Body) -> list[tuple[fx.Node, bool]]:
             u, product = node.args
             if isinstance(product, fx.Node) and product.target is aten.mv.default:
                 vectors = [_behind_views(u), _behind_views(product.args[1])]
-                if all(state_path(body, _written(vector)) is not None for vector in vectors):
+                if all(body.view.state[_written(vector)] is not None for vector in vectors):
                     found.append((node, any("out" in vector.kwargs for vector in vectors)))
     if not found and body.parent is None:  # a graph break may part the iteration from the use
         found = [(node, True) for node in body.graph.nodes if _normalises(body, node)]
@@ -119,14 +127,14 @@ def _normalises(body: Body, node: fx.Node) -> bool:
     """Whether a node writes a normalised product into a buffer."""
     product = node.args[0] if node.target is aten.div.out else None
     made = isinstance(product, fx.Node) and product.target is aten.mv.default
-    return made and state_path(body, _written(node)) is not None
+    return made and body.view.state[_written(node)] is not None
 
 
 def _inputs(body: Body, node: fx.Node) -> list[fx.Node]:
     """The tensors that a node takes: neither sizes nor the graphs of regions."""
     inputs = []
     for n in node.all_input_nodes:
-        held = attribute(body.module, str(n.target)) if n.op == "get_attr" else None
+        held = body.view.held[n] if n.op == "get_attr" else None
         if not sizes.is_scalar(n) and (n.op != "get_attr" or isinstance(held, torch.Tensor)):
             inputs.append(n)
     return inputs
@@ -171,8 +179,8 @@ def _mask(body: Body, sampler: fx.Node, order: dict[fx.Node, int]) -> Region | N
             return None
     if x is None or any(user not in applied for node in applied[:-1] for user in node.users):
         return None
-    x, scaling = _before_scaling(x, sampler, drawn)
-    applied += _scaled_after(applied[-1], drawn)
+    x, scaling = _before_scaling(body, x, sampler, drawn)
+    applied += _scaled_after(body, applied[-1], drawn)
     nodes = {*drawn, *applied, *scaling}
     region = _region(body, nodes, applied[-1], x, order)
     return region if _metadata(applied[-1]) == _metadata(x) else None
@@ -186,19 +194,19 @@ def _constant(body: Body, node: fx.Node, drawn: set[fx.Node]) -> bool:
     return node.target in _SHAPED or all(_constant(body, n, drawn) for n in _inputs(body, node))
 
 
-def _before_scaling(x: fx.Node, sampler: fx.Node, drawn: set[fx.Node]) -> tuple[fx.Node, set[fx.Node]]:
+def _before_scaling(body: Body, x: fx.Node, sampler: fx.Node, drawn: set[fx.Node]) -> tuple[fx.Node, set[fx.Node]]:
     """Goes back over an ``x / keep_prob`` that belongs to a mask of that probability."""
-    floats = _floats(drawn)
-    if x.target in _SCALING and x.args[1] in floats and len(x.users) == 1 and module_path(x) == module_path(sampler):
+    floats, owner = _floats(drawn), body.view.owner
+    if x.target in _SCALING and x.args[1] in floats and len(x.users) == 1 and owner[x] == owner[sampler]:
         return x.all_input_nodes[0], {x}
     return x, set()
 
 
-def _scaled_after(masked: fx.Node, drawn: set[fx.Node]) -> list[fx.Node]:
+def _scaled_after(body: Body, masked: fx.Node, drawn: set[fx.Node]) -> list[fx.Node]:
     """The ``/ keep_prob`` behind ``x * mask``, if the mask was drawn with that probability, or with one minus it."""
     after = next(iter(masked.users), masked)
     scaled = after.target in _SCALING and len(masked.users) == 1 and after.args[0] is masked
-    if not scaled or module_path(after) != module_path(masked):
+    if not scaled or body.view.owner[after] != body.view.owner[masked]:
         return []
     floats, keep = _floats(drawn), after.args[1]
     if isinstance(keep, fx.Node):  # floats are inputs of the graph, with ``dynamic=True``
@@ -233,21 +241,21 @@ def _region(body: Body, nodes: set[fx.Node], end: fx.Node, x: fx.Node, order: di
 
 
 def _held(body: Body, node: fx.Node) -> bool:
-    return node.op == "get_attr" and isinstance(attribute(body.module, str(node.target)), fx.GraphModule)
+    return node.op == "get_attr" and isinstance(body.view.held[node], fx.GraphModule)
 
 
 def _owned(body: Body, masks: list[Region]) -> Iterator[Region]:
     """Tells which masks are all that their module computes."""
     inside = {node for mask in masks for node in mask.nodes}
     mixed_in = {
-        module_path(node)
+        body.view.owner[node]
         for node in body.graph.nodes
         if node.op == "call_function" and node not in inside and isinstance(value(node), torch.Tensor)
     }
     for mask in masks:
         # Added noise is more often there in both modes than not.
         masks_x = not any(node.target in _ADDING for node in mask.nodes if mask.results[0][1] in node.all_input_nodes)
-        alone = bool(mask.node.meta.get("nn_module_stack")) and module_path(mask.node) not in mixed_in
+        alone = bool(mask.node.meta.get("nn_module_stack")) and body.view.owner[mask.node] not in mixed_in
         yield replace(mask, covers=alone and masks_x)
 
 
@@ -266,7 +274,7 @@ def _power_iteration(body: Body, call: fx.Node) -> Region | None:
             return None
         vector = _written(outputs[user.args[1]])
         operand = child.operands.get(vector) if vector is not None else None
-        if operand is None or state_path(body, operand) is None:
+        if operand is None or body.view.state[operand] is None:
             return None
         results.append((user, operand))
     if not results:

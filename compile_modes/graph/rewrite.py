@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from compile_modes import _compat
-from compile_modes.errors import BindError
+from compile_modes import _compat, messages
 from compile_modes.graph import calls
-from compile_modes.graph.bodies import Body, attribute, own
-from compile_modes.graph.edits import insert_dropout, insert_step, loosen_views, set_argument
+from compile_modes.graph.edits import insert_dropout, insert_step, loosen_views, own, set_argument
+from compile_modes.graph.finding import find, graph_root
 from compile_modes.graph.folding import fold
 from compile_modes.graph.requests import MODES, check_overrides, no_match, owner_matches
-from compile_modes.graph.sites import Site, add_note, graph_root, sites
+from compile_modes.graph.sites import Site, add_note
+from compile_modes.graph.view import View, attribute
 
 
 @dataclass(frozen=True)
@@ -54,18 +54,16 @@ def set_mode(graph_module: nn.Module, training: bool | None, *, overrides: Mappi
     """
     overrides = check_overrides(training, overrides)
     root = editable(graph_module)
-    wanted = assign(sites(root), training, overrides)
+    wanted = assign(find(View(root)), training, overrides)
     if own(root):
-        wanted = assign(sites(root), training, overrides)
-    return apply(root, wanted)
+        wanted = assign(find(View(root)), training, overrides)
+    return apply(wanted)
 
 
 def editable(module: Any) -> nn.Module:
     """:func:`graph_root` of something whose graph may be edited in place; a program hands out copies only."""
     if isinstance(module, torch.export.ExportedProgram):
-        raise BindError(
-            "an ExportedProgram can't be edited in place", remedy="pass the module of its module(), or bind it"
-        )
+        raise messages.NOT_EDITABLE.error()
     return graph_root(module)
 
 
@@ -86,9 +84,7 @@ def assign(found: Iterable[Site], training: bool | None, overrides: Mapping[str,
     return wanted
 
 
-def apply(
-    root: nn.Module, wanted: Iterable[tuple[Site, bool]], refusal: Callable[[Site, bool], str] = Site.refusal
-) -> Report:
+def apply(wanted: Iterable[tuple[Site, bool]], refusal: Callable[[Site, bool], str] = Site.refusal) -> Report:
     """Carries out :func:`assign`; ``refusal`` decides what cannot be."""
     changed, unchanged, refused = [], [], []
     for site, training in wanted:
@@ -101,7 +97,7 @@ def apply(
     edited: set[nn.Module] = set()
     for site, training in changed:
         if site.bound:
-            set_flag(root, site, training)
+            set_flag(site, training)
         else:
             edited |= write_literal(site, training)
         site.training = training
@@ -110,7 +106,7 @@ def apply(
     return Report(tuple(site for site, _ in changed), tuple(unchanged), tuple(refused))
 
 
-def set_flag(root: nn.Module, site: Site, training: bool) -> None:
+def set_flag(site: Site, training: bool) -> None:
     """Sets the flag that a bound site reads, so that the site is in the given mode."""
     value = site.read(site.op.flag or str(site.op.p))
     flag = value if site.op.flag else value.args[0]
@@ -118,7 +114,7 @@ def set_flag(root: nn.Module, site: Site, training: bool) -> None:
         flag, training = flag.args[0], not training
     holder = str(flag.target).rpartition(".")[0]
     (attribute(site.body.module, holder) if holder else site.body.module).training = training
-    root.get_submodule(site.owner).training = training
+    site.body.view.root.get_submodule(site.owner).training = training
 
 
 def write_literal(site: Site, training: bool) -> set[nn.Module]:
@@ -155,7 +151,4 @@ def make_one_node(site: Site) -> None:
 
 
 def _owner_of_graph(site: Site, node: fx.Node) -> nn.Module:
-    body: Body | None = site.body
-    while body is not None and body.graph is not node.graph:
-        body = body.parent
-    return body.module if body is not None else site.body.module
+    return site.body.view.body(node).module

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from compile_modes import _compat
-from compile_modes.graph.bodies import Body
+from compile_modes.graph.view import Body
 
 aten = torch.ops.aten
 FLOATS = (float, torch.SymFloat)
@@ -81,7 +81,7 @@ def compute_at(body: Body, node: fx.Node, position: fx.Node) -> fx.Node | None:
         return None
     caller = node.all_input_nodes[0]
     child = body.children[caller]
-    inputs = child.graph.find_nodes(op="placeholder")
+    inputs = child.inputs
     inside: dict[fx.Node, Any] = dict(zip(inputs, caller.args[len(caller.args) - len(inputs) :], strict=True))
 
     def copied(inner: fx.Node) -> fx.Node:

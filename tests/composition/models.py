@@ -64,7 +64,3 @@ def make(kind: str, dynamic_shapes=None) -> tuple[nn.Module, nn.Module]:
     reference = TwoPrograms() if kind == "dual" else Net()
     forms: dict[str, Callable[..., nn.Module]] = {"eager": lambda m, _: m, "bound": bound, "dual": dual}
     return reference, forms[kind](copy.deepcopy(reference), dynamic_shapes)
-
-
-def compile_(module: nn.Module, **options):
-    return torch.compile(module, backend="pt2e_modes", options=options or None)

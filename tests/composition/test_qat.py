@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import compile_modes as cm
-from compile_modes._compat.frames import graphs_compiled
-
-from models import Block, X, compile_  # isort: skip
-from oracle import agrees, same_state  # isort: skip
+from composition.models import Block, X
+from graphs import graphs_compiled
+from oracle import agrees, same_outputs, same_state
+from setups import compile_
 
 pt2e = pytest.importorskip("torchao.quantization.pt2e")
 quantize = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e")
@@ -151,10 +151,7 @@ def test_restored_literals_make_a_prepared_module_train_as_the_eager_model(no_in
                 m.block.bn.eval()
             if mode:
                 train(call, optimizer, range(2))
-        torch.manual_seed(0)
-        expected = reference(X)
-        torch.manual_seed(0)
-        torch.testing.assert_close(compiled(X), expected, rtol=1e-4, atol=1e-4)
+        same_outputs(reference, compiled, X, seeds=1, tolerance=1e-4)
         ours = prepared.state_dict()
         for name, tensor in reference.state_dict().items():
             torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-4, msg=name)
@@ -168,12 +165,7 @@ def test_restored_literals_after_torchao_has_flipped_a_module():
     pt2e.move_exported_model_to_train(flipped)
     changed = cm.restore_literals(flipped, program)
     assert {"block.bn: momentum 0.1 -> 0.2", "(root): p 0.5 -> 0.15"} <= set(changed)
-    for seed in range(2):
-        outputs = []
-        for m in (reference, flipped):
-            torch.manual_seed(seed)
-            outputs.append(m(X))
-        torch.testing.assert_close(*outputs)
+    same_outputs(reference, flipped, X, seeds=2, tolerance=1e-5)
 
 
 def test_literals_of_another_program_are_refused():

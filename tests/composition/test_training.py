@@ -9,32 +9,25 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import compile_modes as cm
-from compile_modes._compat.frames import graphs_compiled
-
-from models import KINDS, Net, X, bound, compile_, make  # isort: skip
-from oracle import agrees, same_state  # isort: skip
+from composition.models import KINDS, Net, X, bound, make
+from graphs import graphs_compiled
+from oracle import agrees, same_state, same_step, same_steps
+from setups import compile_
 
 pytestmark = pytest.mark.usefixtures("no_inductor")
 
 
 def in_step(pairs, optimizers, *, rounds=1, after=lambda: None):
     """Trains pairs of (module, call) for two steps per round, and compares their outputs in both modes."""
+    (reference, oracle), (module, call) = pairs
     for _ in range(rounds):
         for mode in (True, False):
+            reference.train(mode), module.train(mode)
             for seed in range(2):
-                outputs = []
-                for (module, call), optimizer in zip(pairs, optimizers, strict=True):
-                    module.train(mode)
-                    torch.manual_seed(seed)
-                    outputs.append(call(X))
-                    if mode:
-                        optimizer.zero_grad()
-                        outputs[-1].square().mean().backward()
-                        optimizer.step()
-                torch.testing.assert_close(*outputs)
+                trained = optimizers if mode else None
+                same_step(reference, module, call, [X], oracle=oracle, optimizers=trained, seed=seed, tolerance=1e-5)
                 if mode:
                     after()
-            same_state(pairs[0][0], pairs[1][0], 1e-5)
 
 
 @KINDS
@@ -117,13 +110,7 @@ def test_assigned_counters_advance_where_training_is_forced(kind):
         new = Net().state_dict()
         reference.load_state_dict(copy.deepcopy(new))
         module.load_state_dict(copy.deepcopy(new), assign=True)
-        for seed in range(2):
-            outputs = []
-            for call in (reference, compiled):
-                torch.manual_seed(seed)
-                outputs.append(call(X))
-            torch.testing.assert_close(*outputs)
-        same_state(reference, module)
+        same_steps(reference, module, compiled, [X], steps=2, train=False, tolerance=1e-5)
         assert module.block1.bn.num_batches_tracked == 2
 
 
@@ -211,13 +198,7 @@ def test_a_bound_module_compiled_in_place_keeps_owners_and_counters(form, option
     for owner in ("block1.drop", "block2.drop") if "overrides" in options else ():
         reference.get_submodule(owner).eval()
     module.compile(backend="pt2e_modes", options=options)
-    for seed in range(2):
-        outputs = []
-        for m in (reference, module):
-            torch.manual_seed(seed)
-            outputs.append(m(X))
-        torch.testing.assert_close(*outputs)
-    same_state(reference, module)
+    same_steps(reference, module, inputs=[X], steps=2, train=False, tolerance=1e-5)
     assert module.block1.bn.num_batches_tracked == 2
     assert graphs_compiled() == 1
 

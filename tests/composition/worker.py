@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import compile_modes as cm
 from compile_modes import _compat
-from compile_modes._compat.frames import graphs_compiled
+from graphs import graphs_compiled
 
 WAIT = timedelta(seconds=60)
 FORMS = {

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 import compile_modes as cm
-
-from oracle import agrees  # isort: skip
+from oracle import agrees
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(3))
 

@@ -6,10 +6,9 @@ import torch.utils.checkpoint
 from torch import nn
 
 import compile_modes as cm
-from compile_modes.graph.bodies import bodies
 from compile_modes.graph.effects import has_effect
-
-from oracle import agrees  # isort: skip
+from graphs import bodies
+from oracle import agrees
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(3))
 

@@ -6,9 +6,8 @@ import io
 import pytest
 
 import compile_modes as cm
-
-from random_writers import X, build  # isort: skip
-from vectors import agree_in_modes, random_modes  # isort: skip
+from exported.random_writers import X, build
+from exported.vectors import agree_in_modes, random_modes
 
 SEEDS = [
     *range(10),

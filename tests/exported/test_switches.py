@@ -9,13 +9,12 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 import compile_modes as cm
-from compile_modes._compat.frames import graphs_compiled
 from compile_modes.graph.calls import FOLDED
 from compile_modes.graph.dual import DualModule
-
-from oracle import agrees, same_outputs  # isort: skip
-from random_writers import Skip  # isort: skip
-from vectors import agree_in_modes, random_modes, set_modes  # isort: skip
+from exported.random_writers import Skip
+from exported.vectors import agree_in_modes, random_modes, set_modes
+from graphs import graphs_compiled
+from oracle import agrees, same_outputs
 
 X = torch.randn(8, 4, generator=torch.Generator().manual_seed(3))
 

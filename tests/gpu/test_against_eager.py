@@ -10,20 +10,15 @@ from torch import nn
 from torch._inductor import config as inductor_config
 
 import compile_modes as cm
-from compile_modes._compat.frames import graphs_compiled
-
-from nets import IMAGE, Activations, Attention, ConvNet, Norms, Parent, Regions, UnusedNorm  # isort: skip
-from oracle import agrees  # isort: skip
+from graphs import graphs_compiled
+from nets import IMAGE, Attention, ConvNet, Norms, Parent
+from oracle import agrees
+from setups import nets
 
 KINDS = pytest.mark.parametrize("kind", ["eager", "bound-train", "bound-eval"])
 NETS = [
-    pytest.param(ConvNet, IMAGE, id="conv"),
     pytest.param(lambda: Parent(ConvNet()), IMAGE, id="parent"),
-    pytest.param(Norms, torch.randn(3, 4, 5), id="norms"),
-    pytest.param(UnusedNorm, torch.randn(3, 4), id="unused"),
-    pytest.param(Activations, torch.randn(3, 4, 6), id="activations"),
-    pytest.param(Regions, IMAGE, id="regions"),
-    pytest.param(Attention, torch.randn(2, 5, 8), id="attention"),
+    *nets("conv", "norms", "unused", "activations", "regions", "attention"),
 ]
 # Whose random numbers stock Inductor draws in another order than eager, fallback_random or not: all in torch 2.11, and
 # wherever a kernel of attention draws its own. Stock Inductor is the oracle there.

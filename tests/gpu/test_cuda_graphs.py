@@ -13,8 +13,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor.cudagraph_trees import CUDAGraphTreeManager
 
 import compile_modes as cm
-
-from nets import IMAGE, ConvNet  # isort: skip
+from nets import IMAGE, ConvNet
 
 WATCHED = ("record_function", "execute_node", "run_eager")
 

@@ -3,6 +3,7 @@
 import pytest
 from rich.console import Console
 from rich.table import Table
+
 from zoo import CASES, Case
 
 ROWS: dict[str, dict[str, str]] = {}

@@ -9,9 +9,8 @@ import torch
 
 import compile_modes as cm
 from compile_modes.graph.dual import DualModule
-
-from oracle import agrees, text  # isort: skip
-from zoo import prepared  # isort: skip
+from oracle import agrees, text
+from zoo import prepared
 
 pytestmark = pytest.mark.slow
 

@@ -26,7 +26,7 @@ from torch._inductor.runtime import hints
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _triton as triton_utils
 
-from inductor_programs import Moved, Program, Saved, parse  # isort: skip
+from triton_cuda.inductor_programs import Moved, Program, Saved, parse
 
 DEVICE = "cuda:0"
 _A100 = types.SimpleNamespace(

@@ -16,10 +16,9 @@ import torch
 from torch import nn
 
 import compile_modes as cm
-
-from fake_cuda import compile_fake, fake, grad, stand_ins, triton_utils, unavailable  # isort: skip
-from inductor_programs import Moved, Program, draws, parse, ptx  # isort: skip
-from nets import Activations, Attention, ConvNet, Norms, Parent, Regions, UnusedNorm  # isort: skip
+from nets import Activations, Attention, ConvNet, Norms, Parent, Regions, UnusedNorm
+from triton_cuda.fake_cuda import compile_fake, fake, grad, stand_ins, triton_utils, unavailable
+from triton_cuda.inductor_programs import Moved, Program, draws, parse, ptx
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "available")
 
