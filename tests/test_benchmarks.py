@@ -119,3 +119,15 @@ def test_the_newest_run_is_found(gpu, tmp_path, monkeypatch):
         (tmp_path / f"{name}.json").write_text(json.dumps({"head": {"device": name, "date": date}, "results": []}))
     assert gpu.newest()["head"]["device"] == "a"
     assert gpu.quote(gpu.newest()).startswith("device a, date 2026-03-01:")
+
+
+@pytest.mark.slow
+def test_the_cost_per_node_is_measured(tmp_path):
+    path = tmp_path / "costs.json"
+    script = ROOT / "benchmarks" / "rewrite_scaling.py"
+    command = [sys.executable, str(script), "--nodes", "100", "--repeats", "1", "--json", str(path)]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = json.loads(path.read_text())["microseconds per node"]
+    assert all(value > 0 for value in row.values())
+    assert f"| {row['nodes']} |" in done.stdout

@@ -14,7 +14,7 @@ from compile_modes.backend.capture import capture
 from compile_modes.backend.mode_vectors import make_room
 from compile_modes.backend.nested_regions import separate
 from compile_modes.backend.options import Options
-from compile_modes.backend.overrides import put_into_modes
+from compile_modes.backend.overrides import Asked, put_into_modes
 from compile_modes.backend.owners import Names, name_owners
 from compile_modes.backend.unreached import watch, watch_for
 from compile_modes.errors import CaptureError
@@ -88,9 +88,9 @@ def pt2e_modes(
         logs.modes(found, None)
         _warn_kept(found)
         return _compile_either(compile_fx, lower(captured, found), gm, example_inputs)
-    whole, asked = frames.is_whole_frame(gm), (parsed.training, parsed.overrides)
-    watch(*asked, (site.owner for site in found), whole=whole)
-    decision = put_into_modes(captured, found, names, *asked, parsed.dropout_p, whole=whole, refusal=_refusal)
+    asked = Asked(parsed.training, parsed.overrides, parsed.dropout_p, frames.is_whole_frame(gm))
+    watch(asked.training, asked.overrides, (site.owner for site in found), whole=asked.whole)
+    decision = put_into_modes(captured, found, names, asked, _refusal)
     lowered = lower(captured, found)
     logs.graph("rewritten", lowered)
     return _advancing(compile_fx(lowered, example_inputs), decision.outside.values())

@@ -13,7 +13,7 @@ from compile_modes._compat import frames
 from compile_modes._compat.passes import CustomGraphPass, as_in_backends, is_body, provenance
 from compile_modes.backend.capture import capture
 from compile_modes.backend.nested_regions import separate
-from compile_modes.backend.overrides import put_into_modes
+from compile_modes.backend.overrides import Asked, put_into_modes
 from compile_modes.backend.owners import Names, name_owners
 from compile_modes.errors import CaptureError
 from compile_modes.forms.lower import lower
@@ -67,8 +67,8 @@ class ModePass(CustomGraphPass):
         names = Names.of_frame()
         found = name_owners(View(captured), names)
         if explicit:
-            whole = frames.is_whole_frame(gm)
-            put_into_modes(captured, found, names, self._training, self._overrides, whole=whole, refusal=_refusal)
+            asked = Asked(self._training, self._overrides, whole=frames.is_whole_frame(gm))
+            put_into_modes(captured, found, names, asked, _refusal)
         with as_in_backends():
             lower(captured, found)
         _replace(graph, captured)

@@ -22,27 +22,37 @@ _SAME_IN_BOTH = (nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.Multihead
 Refusal = Callable[[Site, bool, dict[Site, nn.Module]], str]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What options ask of the sites of a graph.
+
+    Attributes:
+        training: the mode for all sites that no override names.
+        overrides: ``{owner glob: "train" | "eval"}``.
+        dropout_p: ``{owner glob: probability}`` of attention that was traced in eval.
+        whole: whether the graph is all of a function, so that a pattern that matches nothing is an error; otherwise it
+            may be meant for another part.
+    """
+
+    training: bool | None
+    overrides: Mapping[str, str]
+    dropout_p: Mapping[str, float] = field(default_factory=dict)
+    whole: bool = True
+
+
 def put_into_modes(
-    captured: fx.GraphModule,
-    found: Sequence[Site],
-    names: Names,
-    training: bool | None,
-    overrides: Mapping[str, str],
-    dropout_p: Mapping[str, float] | None = None,
-    *,
-    whole: bool,
-    refusal: Refusal,
+    captured: fx.GraphModule, found: Sequence[Site], names: Names, asked: Asked, refusal: Refusal
 ) -> "Decision":
-    """Rewrites a captured graph, in place, as :func:`decide` decides, whose arguments it takes.
+    """Rewrites a captured graph, in place, as :func:`decide` decides from the same arguments.
 
     Warns:
         ModeWarning: modules are asked to be in another mode than their flag says, which Python has read.
     """
-    if overrides:
+    if asked.overrides:
         names.pin()
-    decision = decide(found, names, training, overrides, dropout_p, whole=whole, refusal=refusal)
+    decision = decide(found, names, asked, refusal)
     if decision.decided:
-        about = id(names.everything.get("")), training, *overrides.items()
+        about = id(names.everything.get("")), asked.training, *asked.overrides.items()
         messages.DECIDED_IN_PYTHON.warn_once(*about, modules=", ".join(decision.decided[:5]))
     logs.modes(found, decision.apply(captured))
     return decision
@@ -70,34 +80,22 @@ class Decision:
         return report
 
 
-def decide(
-    found: Sequence[Site],
-    names: Names,
-    training: bool | None,
-    overrides: Mapping[str, str],
-    dropout_p: Mapping[str, float] | None = None,
-    *,
-    whole: bool,
-    refusal: Refusal,
-) -> Decision:
+def decide(found: Sequence[Site], names: Names, asked: Asked, refusal: Refusal) -> Decision:
     """Finds out what options ask of the sites of a captured graph.
 
     Args:
         found: the sites, owners under their full names. They learn of probabilities that the trace has lost.
         names: what is known of the modules of the compilation.
-        training: the mode for all sites that no override names.
-        overrides: ``{owner glob: "train" | "eval"}``.
-        dropout_p: ``{owner glob: probability}`` of attention that was traced in eval.
-        whole: whether the graph is all of a function, so that a pattern that matches nothing is an error; otherwise it
-            may be meant for another part.
+        asked: the options.
         refusal: why a site can't be put into a mode; notes batch norms whose counter stands outside of the graph.
 
     Raises:
         OverrideError: a pattern matches no site, or a site can't be put into the mode asked for.
     """
-    supply_dropout(found, dropout_p or {}, names)
+    training, overrides = asked.training, asked.overrides
+    supply_dropout(found, asked.dropout_p, names)
     check_recurrent(names, training, overrides)
-    if whole:
+    if asked.whole:
         overrides = check_patterns(overrides, found, names)
     else:
         check_names(overrides, names.everything)

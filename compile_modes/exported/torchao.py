@@ -7,6 +7,7 @@ from torch import fx, nn
 from compile_modes import messages
 from compile_modes.exported.binding import bind
 from compile_modes.exported.planning import plan_binding
+from compile_modes.exported.recompose import recompose
 from compile_modes.graph.dual import DualModule
 from compile_modes.graph.edits import own
 from compile_modes.graph.finding import find
@@ -67,6 +68,7 @@ def _move(model: _M, training: bool) -> _M:
         return model.train(training)
     if all(_is(site, training) for site in found):
         return model
+    view = recompose(view).view
     if own(root):
         view = View(root)
     plan = plan_binding(view, ())

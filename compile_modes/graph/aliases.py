@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from compile_modes._compat import value
 from compile_modes.graph.ops import lookup
 from compile_modes.graph.sites import Site, note
+from compile_modes.graph.sizes import MEASURES
 from compile_modes.graph.view import Body
 
 # Noted on dropouts: their input was kept apart from their result when they were exported, or it may have been reused.
@@ -25,6 +26,8 @@ _MAY_RETURN_OPERAND = frozenset(
         "aten::atleast_2d", "aten::atleast_3d", "aten::sum_to_size", "aten::to_dense", "aten::cpu",
     }
 )  # fmt: skip
+# What only looks at shape, dtype and device, in which result and input are alike.
+_LOOKS = MEASURES | {torch.ops.aten._assert_tensor_metadata.default}
 
 
 def returns_input(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -63,6 +66,8 @@ def _uses(body: Body, node: fx.Node) -> int:
     """
     count = 0
     for user in node.users:
+        if user.target in _LOOKS:
+            continue
         if user.op == "output" and body.parent is not None:
             count += sum(_uses(body.parent, result) for result in _results(body, node, user.args[0]))
             continue

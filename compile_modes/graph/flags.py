@@ -55,14 +55,13 @@ def without_dropout(body: Body) -> list[fx.Node]:
     """The softmax of each MultiheadAttention that returns its weights and has, or had when exported, no dropout."""
     found: dict[str, fx.Node] = {}
     for node in body.graph.nodes:
-        if (
-            node.op == "call_function"
-            and (kind := module_class(node)) is not None
-            and issubclass(kind, nn.MultiheadAttention)
-        ):
-            row = lookup(node.target)
-            if node.target in _SOFTMAX:
-                found[body.view.owner[node]] = node
-            elif row is not None and row.family == "dropout":
+        row = lookup(node.target)
+        dropout = row is not None and row.family == "dropout"
+        if not dropout and node.target not in _SOFTMAX:
+            continue
+        if (kind := module_class(node)) is not None and issubclass(kind, nn.MultiheadAttention):
+            if dropout:
                 found.pop(body.view.owner[node], None)
+            else:
+                found[body.view.owner[node]] = node
     return list(found.values())

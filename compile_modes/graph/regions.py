@@ -246,6 +246,8 @@ def _held(body: Body, node: fx.Node) -> bool:
 
 def _owned(body: Body, masks: list[Region]) -> Iterator[Region]:
     """Tells which masks are all that their module computes."""
+    if not masks:
+        return
     inside = {node for mask in masks for node in mask.nodes}
     mixed_in = {
         body.view.owner[node]

@@ -13,7 +13,7 @@ from compile_modes.graph.view import Body
 aten = torch.ops.aten
 FLOATS = (float, torch.SymFloat)
 SCALARS = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float)
-_MEASURES = frozenset({aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default, aten.sym_storage_offset.default})
+MEASURES = frozenset({aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default, aten.sym_storage_offset.default})
 
 
 def value(node: fx.Node) -> Any:
@@ -52,7 +52,7 @@ def _is_size(node: fx.Node) -> bool:
     inputs = node.all_input_nodes
     if node.target is aten.item.default:  # how Dynamo reads numbers that it made inputs, with ``dynamic=True``
         return inputs[0].op == "placeholder" and all(user.target is aten.item.default for user in inputs[0].users)
-    return node.target in _MEASURES or all(map(is_scalar, inputs))
+    return node.target in MEASURES or all(map(is_scalar, inputs))
 
 
 def is_size_of_region(body: Body, node: fx.Node) -> bool:
