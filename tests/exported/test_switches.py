@@ -240,6 +240,17 @@ def test_compiled_each_combination_once():
     assert graphs_compiled() == 4
 
 
+@pytest.mark.usefixtures("no_inductor")
+@pytest.mark.parametrize("inner", [False, True], ids=["outer", "in-a-branch"])
+def test_options_that_would_have_to_reach_a_switch_say_so(inner):
+    """Options reach the dropout of Passes itself, but of its switch Dynamo has traced one branch."""
+    _, module = both(lambda: [Skip(Passes(), nn.Dropout(0.1)) if inner else Passes()])
+    name = "parts.0.child.0" if inner else "parts.0"
+    compiled = torch.compile(module.train(), backend="pt2e_modes", options={"overrides": {name: "eval"}})
+    with pytest.warns(cm.ModeWarning, match=f"'{name}'.*read their training flag"):
+        compiled(X)
+
+
 class Either(nn.Module):
     """Noise if it trains or its child does: no single module decides."""
 
