@@ -65,6 +65,7 @@ def test_the_whole_script_on_a_tiny_model(tmp_path, gpu):
     assert row in again
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so():
     done = subprocess.run(

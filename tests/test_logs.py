@@ -66,7 +66,7 @@ class TestLogging:
 
     def test_forms(self, caplog):
         with caplog.at_level(logging.DEBUG, "compile_modes"), torch._dynamo.config.patch(allow_rnn=True):
-            compile_and_run(Recurrent(), torch.randn(3, 5, 4))
+            compile_and_run(Recurrent(), torch.randn(3, 2, 4))
         said = logged(caplog)["forms"]
         assert "owner 'lstm', train): LSTM steps, layer by layer" in said
         assert "owner 'gru', train): layer by layer" in said

@@ -9,7 +9,7 @@ from nets import Recurrent
 VECTOR = torch.randn(5, 4, generator=torch.Generator().manual_seed(3))
 
 
-STEPS = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(5))
+STEPS = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(5))
 SEQUENCE = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(4))
 
 

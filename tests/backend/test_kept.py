@@ -103,7 +103,11 @@ KEPT = {
 }
 
 
-@pytest.mark.parametrize("kind", KEPT)
+# One transform of functorch, and two of them nested, stand for the others; one way to put a function into a graph, too.
+ALIKE = ("func.grad", "jvp", "nonstrict_trace")
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] if k in ALIKE else []) for k in KEPT])
 def test_around_what_is_kept(kind):
     reference = Net(KEPT[kind])
     module = copy.deepcopy(reference)

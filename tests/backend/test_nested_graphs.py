@@ -71,7 +71,9 @@ def make(kind):
 
 
 # cond: torch draws its masks anew in the backward pass, eager as well.
-@pytest.mark.parametrize("kind", [kind for kind in ALL if kind != "cond"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[pytest.mark.slow] if k in MORE else []) for k in ALL if k != "cond"]
+)
 def test_flips_and_steps(kind):
     reference = make(kind)
     module = copy.deepcopy(reference)

@@ -72,6 +72,7 @@ def check(ranks, graphs):
         assert graphs is None or found["graphs"] == graphs
 
 
+@pytest.mark.slow  # two processes that import torch anew
 @pytest.mark.parametrize("name", DEFAULT)
 def test_trains_and_evaluates_as_eager(name, default_run):
     check(default_run[name], DEFAULT[name])

@@ -110,6 +110,7 @@ def check_state(standard, bound, tolerance):
 
 
 @quantizes
+@pytest.mark.slow
 def test_compiled_training_with_flips_and_freezing_equals_the_standard_flow(no_inductor):
     standard, bound = prepared_pair()
     graphs = graphs_compiled()

@@ -11,7 +11,19 @@ from compile_modes.exported.recompose import recompose
 from compile_modes.graph.view import View
 from exported.decomposed import BatchNorms, bind, decomposed
 from graphs import graphs_compiled
-from nets import IMAGE, VECTORS, Activations, Attention, ConvNet, FunctionalNorm, Small, Twice, UnusedNorm, UserCounter
+from nets import (
+    IMAGE,
+    TOKENS,
+    VECTORS,
+    Activations,
+    Attention,
+    ConvNet,
+    FunctionalNorm,
+    Small,
+    Twice,
+    UnusedNorm,
+    UserCounter,
+)
 from oracle import agrees, literals, same_outputs, same_state, text
 from setups import STARTS
 
@@ -22,7 +34,18 @@ FORMS = [
     pytest.param(lambda program: program.module(), None, id="module"),
     pytest.param(torch.export.unflatten, None, id="unflattened"),
 ]
-VARIANTS = pytest.mark.parametrize(("form", "table"), FORMS)
+
+
+def each_form(**nets):
+    """All nets in all forms; by default, all forms of the first net and the programs of the others."""
+    return pytest.mark.parametrize(
+        ("build", "x", "form", "table"),
+        [
+            pytest.param(*net, *form.values, id=f"{name}-{form.id}", marks=[pytest.mark.slow] if row and column else [])
+            for row, (name, net) in enumerate(nets.items())
+            for column, form in enumerate(FORMS)
+        ],
+    )
 
 
 class InPlace(nn.Module):
@@ -46,11 +69,10 @@ def targets(module):
 
 
 @STARTS
-@VARIANTS
-@pytest.mark.parametrize(
-    ("build", "x"),
-    [(BatchNorms, torch.randn(3, 4, 5)), (UserCounter, VECTORS), (Twice, VECTORS)],
-    ids=["norms", "counter", "twice"],
+@each_form(
+    norms=(BatchNorms, torch.randn(3, 4, 5)),
+    counter=(UserCounter, VECTORS),
+    twice=(Twice, VECTORS),
 )
 def test_bound_decomposed_modules_equal_eager(build, x, form, table, start):
     if build is Twice and form is torch.export.unflatten and start:
@@ -61,24 +83,12 @@ def test_bound_decomposed_modules_equal_eager(build, x, form, table, start):
     agrees(reference, bound, inputs=[x])
 
 
-TRAINED = {
-    "conv": (ConvNet, IMAGE),
-    "activations": (Activations, torch.randn(3, 4, 6)),
-    "in-place": (InPlace, torch.randn(3, 4, 6)),
-    "unused": (UnusedNorm, VECTORS),
-    "attention": (Attention, torch.randn(2, 5, 8)),
-}
-
-
-@pytest.mark.parametrize(
-    ("build", "x", "form", "table"),
-    [
-        pytest.param(
-            *net, *form.values, id=f"{name}-{form.id}", marks=[pytest.mark.slow] if name != "conv" and i else []
-        )
-        for name, net in TRAINED.items()
-        for i, form in enumerate(FORMS)
-    ],
+@each_form(
+    conv=(ConvNet, IMAGE),
+    activations=(Activations, torch.randn(3, 4, 6)),
+    in_place=(InPlace, torch.randn(3, 4, 6)),
+    unused=(UnusedNorm, VECTORS),
+    attention=(Attention, TOKENS),
 )
 def test_train_exports_with_dropouts_equal_eager(build, x, form, table):
     reference = build()

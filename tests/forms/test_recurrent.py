@@ -36,10 +36,12 @@ CASES = [
     pytest.param(RNN, {**DEEP, "nonlinearity": "relu"}, id="relu-deep"),
 ]
 # Whose settings are those of other cases together; the rewrite itself is tested on all of them.
-TOGETHER = ("lstm-projection", "lstm-without-bias", "gru-without-bias")
+TOGETHER = ("lstm-deep", "lstm-projection", "lstm-projection-deep", "lstm-without-bias", "gru-deep", "gru-without-bias")
 COMPILED = [
     pytest.param(*case.values, id=case.id, marks=[pytest.mark.slow] if case.id in TOGETHER else []) for case in CASES
 ]
+# An LSTM becomes its steps, which is more of a change than the layers of a GRU.
+CELLS = pytest.mark.parametrize("cell", [LSTM, pytest.param(GRU, marks=pytest.mark.slow)])
 
 
 def exported(model, *args):
@@ -62,13 +64,13 @@ class TestWithoutInductor:
         agrees(reference, module, compile_(module), [SEQUENCE], flips=2, steps=2, generator=draws)
         assert graphs_compiled() == 2
 
-    @pytest.mark.parametrize("cell", [LSTM, GRU])
+    @CELLS
     def test_exported_in_eval_mode(self, cell):
         reference = cell(4, 5, num_layers=2, dropout=0.5)
         module = bound(reference, SEQUENCE, start=False)
         agrees(reference, module, compile_(module), [SEQUENCE], flips=2, steps=2)
 
-    @pytest.mark.parametrize("cell", [LSTM, GRU])
+    @CELLS
     def test_a_given_state(self, cell):
         reference = cell(4, 5, num_layers=2, dropout=0.5)
         hx = torch.randn(2, 3, 5)
@@ -76,13 +78,13 @@ class TestWithoutInductor:
         module = bound(reference, *args)
         agrees(reference, module, compile_(module), args, flips=2, steps=2)
 
-    @pytest.mark.parametrize("cell", [LSTM, GRU])
+    @CELLS
     def test_a_single_sequence(self, cell):
         reference = cell(4, 5, num_layers=2, dropout=0.5, bidirectional=True)
         module = bound(reference, SEQUENCE[:, 0])
         agrees(reference, module, compile_(module), [SEQUENCE[:, 0]], flips=2, steps=2)
 
-    @pytest.mark.parametrize("cell", [LSTM, GRU])
+    @CELLS
     def test_dropout_is_live(self, cell):
         reference = cell(4, 50, num_layers=2, dropout=0.5)
         module = bound(reference, SEQUENCE)
@@ -98,7 +100,7 @@ class TestWithoutInductor:
         assert (first - second).abs().mean() > 1e-3
         assert (first - without).abs().mean() > 1e-3
 
-    @pytest.mark.parametrize("cell", [LSTM, GRU])
+    @CELLS
     def test_without_gradients(self, cell):
         reference = cell(4, 5, num_layers=2, dropout=0.5, bias=False)
         module = bound(reference, SEQUENCE)
