@@ -15,8 +15,8 @@ from compile_modes.errors import (
     WarmupError,
 )
 from compile_modes.exported.baking import bake
-from compile_modes.exported.binding import bind
 from compile_modes.exported.exporting import export
+from compile_modes.exported.joining import bind
 from compile_modes.exported.literals import restore_literals
 from compile_modes.exported.saving import load, save
 from compile_modes.exported.torchao import (

@@ -161,6 +161,31 @@ def stops_within_autocast(self, x):
         return F.dropout(y + z, 0.5, self.training)
 
 
+class Assigns(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("last", torch.zeros(4))
+
+    def forward(self, x):
+        self.last = x[0, :2]
+        return x + 1
+
+
+def jitters(self, x):
+    return (x * 2).tanh() if self.training else x
+
+
+class Either(nn.Module):
+    """Two modules decide together."""
+
+    def __init__(self):
+        super().__init__()
+        self.child = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.child(x).tanh() if self.training or self.child.training else self.child(x)
+
+
 # By the number of the limit and the code: what provokes it.
 PROVOKED = {
     (1, "CM235"): lambda: bound(Called(noise)),
@@ -180,6 +205,9 @@ PROVOKED = {
     (18, "CM239"): lambda: bound(Called(stops_within_autocast)),
     (19, "CM302"): lambda: cm.export(Merging(4, 4), (X,)),
     (19, "CM303"): lambda: cm.export(Called(lambda self, x: x.item() if self.training else x), (X,)),
+    (19, "CM305"): lambda: cm.export(Assigns(), (X,)),
+    (20, "CM306"): lambda: cm.export(Called(jitters), (X,), probe=False),
+    (20, "CM307"): lambda: cm.export(nn.Sequential(Either()), (X,)).get_submodule("0").eval(),
     (21, "CM410"): lambda: compiled(torch.export.export(Linear(nn.Dropout(0.5)), (X,)).module()),
     (22, "CM413"): lambda: compiled(Called(lambda _, x: Stopping.apply(x))),
     (22, "CM134"): lambda: compiled(Called(lambda _, x: Stopping.apply(x)), training=False),

@@ -88,7 +88,8 @@ def _returns_nothing(node: fx.Node) -> bool:
 def _with_none_for_nothing(gm: fx.GraphModule) -> fx.GraphModule:
     copied = fx.GraphModule(gm, copy.deepcopy(gm.graph))  # nodes of its own, with dicts of meta of their own
     copied.meta = dict(gm.meta)
-    for node in copied.graph.nodes:
+    for before, node in zip(gm.graph.nodes, copied.graph.nodes, strict=True):
+        node.name = before.name  # the signature's: copies of names that Python has taken ("input") get others
         if _returns_nothing(node):
             node.meta["val"] = None
     for name, body in gm.named_children():

@@ -9,8 +9,10 @@ from compile_modes import logs, messages
 from compile_modes._compat import frames
 from compile_modes.backend.owners import Names
 from compile_modes.errors import OverrideError
+from compile_modes.graph.finding import sites
 from compile_modes.graph.folding import unfold_literals
 from compile_modes.graph.ops import LOST_DROPOUT
+from compile_modes.graph.owners import join
 from compile_modes.graph.requests import MODES, no_match, owner_matches
 from compile_modes.graph.rewrite import Report, apply, assign
 from compile_modes.graph.sites import Site
@@ -193,7 +195,7 @@ def decided_by_python(
 
     What depends on their mode is Python's decision, which Dynamo has traced as the flag says.
     """
-    undecided = names.read - {site.owner for site in found}
+    undecided = (names.read - {site.owner for site in found}) | _switched(names)
     return sorted(
         f"{name!r} ({type(module).__name__})"
         for name in undecided
@@ -201,6 +203,13 @@ def decided_by_python(
         and wanted(name, training, overrides) not in (None, module.training)
         and not isinstance(module, _SAME_IN_BOTH)
     )
+
+
+def _switched(names: Names) -> set[str]:
+    """The modules by whose flag a switch of an exported module chooses; of it, Dynamo has traced one branch."""
+    programs = [(name, program) for name, held in names.exported().items() for program in held]
+    found = [(name, site) for name, program in programs for site in sites(program)]
+    return {join(name, site.owner) if site.owner else name for name, site in found if site.op.family == "switch"}
 
 
 def check_recurrent(names: Names, training: bool | None, overrides: Mapping[str, str]) -> None:

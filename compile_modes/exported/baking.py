@@ -8,7 +8,7 @@ from typing import Any, NoReturn, TypeVar
 from torch import nn
 
 from compile_modes import _compat, messages
-from compile_modes.graph.calls import GATES
+from compile_modes.graph.calls import FOLDED
 from compile_modes.graph.edits import set_argument
 from compile_modes.graph.finding import find
 from compile_modes.graph.flags import CELL, is_flag
@@ -67,7 +67,8 @@ def write_back(view: View, modes: Mapping[Site, bool]) -> None:
             set_argument(site, str(site.op.p), site.p)
             site.bound = False
         edited |= write_literal(site, mode)
-        if site.node.target in GATES:
+    for site in reversed(list(modes)):  # what is within another call first
+        if site.node.target in FOLDED:
             unfold(site.node, site.body)
     for body in view.bodies:
         _drop_flags(body)

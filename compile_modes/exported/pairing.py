@@ -49,6 +49,12 @@ class Pairing:
     left_out_steps: set[fx.Node] = field(default_factory=set)
     difference: str = ""
 
+    @property
+    def unclear(self) -> str:
+        """What only train has and may be decided by a module further out than its own; empty if there is nothing."""
+        regions = [region for region, _ in self.left_out if not region.covers]
+        return _describe(regions[0].nodes[0], None) if regions else ""
+
     def copy(self) -> "Pairing":
         return Pairing(**{name: copy.copy(value) for name, value in vars(self).items()})
 
@@ -202,8 +208,8 @@ class _Walk:
         complete = {a.name: given.get(a.name, self.value(side, a.default_value)) for a in schema}
         if row is not None:
             complete.pop(row.flag or row.p or "", None)
-            complete["owner"] = self.views[side].owner[node]
-        return complete
+        # The same op of another module is decided by another one: both of them may run, or neither.
+        return complete | {"owner": self.views[side].owner[node]}
 
     def decide(self, a: Site, b: Site) -> bool:
         """Notes what a pair of sites says; False if their probabilities differ by mode."""

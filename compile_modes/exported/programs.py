@@ -12,9 +12,9 @@ from compile_modes import messages
 from compile_modes._compat import pt2
 from compile_modes.errors import ModeWarning
 from compile_modes.exported import planning
+from compile_modes.exported.assembling import reassemble
 from compile_modes.exported.baking import write_back
 from compile_modes.exported.binding import bind_root
-from compile_modes.exported.exporting import assemble
 from compile_modes.exported.lifting import relift, spell_out, spelled_out
 from compile_modes.exported.planning import Plan
 from compile_modes.exported.provenance import Source, flags, set_flags
@@ -170,7 +170,7 @@ def _stored(module: nn.Module, training: bool | None) -> Request:
         return _one(stored["model"], source.keep, source.dropout_p or None)
     mode = module.training if training is None else training
     exact = stored["train" if mode else "eval"]
-    holder = assemble(stored["train"], stored["eval"], {})
+    holder = reassemble(stored, {}, source.known)
     if isinstance(holder, DualModule):
         return Request(View(holder.train(mode).program(mode)), exact, holder, "train" if mode else "eval", exact=exact)
     return Request(View(holder.train()), stored["train"], holder, "train", exact=exact)

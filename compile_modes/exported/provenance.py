@@ -1,12 +1,13 @@
 """What a module with modes was made from, kept beside it for ``save``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from torch.export import ExportedProgram
 
 from compile_modes.graph.dual import DualModule
+from compile_modes.graph.flags import CELL
 from compile_modes.graph.view import View
 
 _KEY = "compile_modes_source"
@@ -20,7 +21,15 @@ class Source:
         programs: Mapping[str, ExportedProgram],
         keep: Sequence[str] = (),
         dropout_p: Mapping[str, float] | None = None,
+        *,
+        together: bool = True,
+        guess: bool = False,
+        followers: Collection[str] | None = None,
     ) -> None:
+        #: how several programs make one module; JSON can hold it
+        self.known = {
+            "together": together, "guess": guess, "followers": None if followers is None else sorted(followers)
+        }  # fmt: skip
         self.programs, self.keep, self.dropout_p = dict(programs), list(keep), dict(dropout_p or {})
         self.code: list[str] = []
 
@@ -54,6 +63,10 @@ def set_flags(module: nn.Module, modes: Mapping[str, bool]) -> None:
     for name, mode in modes.items():
         if name in present:
             present[name].training = mode
+    for submodule in present.values():
+        cell = submodule._modules.get(CELL)
+        if cell is not None:
+            cell.training = submodule.training
 
 
 def _code(module: nn.Module) -> list[str]:

@@ -1,12 +1,14 @@
 """``save`` and ``load``: a module with modes in one ``.pt2`` file."""
 
+from typing import Any
+
 from torch import nn
 
 from compile_modes import messages
 from compile_modes.archive import programs as archive
 from compile_modes.archive.container import FileLike, label
+from compile_modes.exported.assembling import reassemble
 from compile_modes.exported.binding import bind
-from compile_modes.exported.exporting import assemble
 from compile_modes.exported.provenance import Source, flags, set_flags
 
 
@@ -33,7 +35,8 @@ def save(module: nn.Module, path: FileLike) -> None:
         raise messages.EDITED_SINCE.error(file=label(path))
     held = dict(module.named_buffers(remove_duplicate=False)) | dict(module.named_parameters(remove_duplicate=False))
     names = {n for p in source.programs.values() for n in (*p.state_dict, *p.graph_signature.non_persistent_buffers)}
-    notes = {"flags": flags(module), "keep": list(source.keep), "dropout_p": dict(source.dropout_p)}
+    notes: dict[str, Any] = {"flags": flags(module), "keep": list(source.keep), "dropout_p": dict(source.dropout_p)}
+    notes |= {"known": source.known}
     archive.write(path, source.programs, notes, {name: held[name] for name in names if name in held})
 
 
@@ -51,8 +54,8 @@ def load(path: FileLike) -> nn.Module:
     programs, notes = archive.read(path)
     modes, keep, dropout_p = (notes.get(key) for key in ("flags", "keep", "dropout_p"))
     if isinstance(modes, dict) and isinstance(keep, list) and isinstance(dropout_p, dict):
-        if programs.keys() == {"train", "eval"}:
-            return assemble(programs["train"], programs["eval"], modes)
+        if programs.keys() >= {"train", "eval"}:
+            return reassemble(programs, modes, notes.get("known", {"together": False}))
         if programs.keys() == {"model"}:
             module: nn.Module = bind(programs["model"], keep=keep, dropout_p=dropout_p or None)
             set_flags(module, modes)

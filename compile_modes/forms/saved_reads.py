@@ -76,7 +76,15 @@ def _written(node: fx.Node) -> list[Any]:
         return []
     arguments = node.target._schema.arguments
     named = dict(zip((a.name for a in arguments), node.args, strict=False)) | node.kwargs
-    return [named.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    written = [named.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [_viewed(value) for value in written]
+
+
+def _viewed(value: Any) -> Any:
+    """What a value is a view of: ``buffer[:2] = x`` writes to the buffer."""
+    while isinstance(value, fx.Node) and value.op == "call_function" and _is_view(value.target):
+        value = value.args[0]
+    return value
 
 
 def _is_view(target: Any) -> bool:

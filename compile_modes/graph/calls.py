@@ -75,4 +75,18 @@ def power_iteration(training: bool, results: int, region: nn.Module, *operands: 
     return region(*operands) if training else operands[:results]
 
 
+@fx.has_side_effect
+def switch(training: bool, train: nn.Module, evaluation: nn.Module, *operands: Any) -> Any:
+    """What Python decides: one of two branches.
+
+    Args:
+        training: the mode of the module that decides.
+        train, evaluation: the branches. Each returns as many values; what only the other one computes is None.
+        operands: what either takes from outside.
+    """
+    return train(*operands) if training else evaluation(*operands)
+
+
 GATES = frozenset({noise, power_iteration})
+# All calls that a mode makes into some of their nodes, or into none.
+FOLDED = GATES | {switch}

@@ -4,10 +4,12 @@ import copy
 import functools
 import inspect
 import types
+from collections.abc import Collection
 from typing import Any, cast
 
 from torch import fx, nn
 
+from compile_modes import messages
 from compile_modes._compat.copies import Copying
 
 
@@ -51,6 +53,14 @@ class DualModule(nn.Module):
         """The bound program of a mode; its submodules, parameters and buffers are this module's own."""
         return self._programs[training]
 
+    def follow(self, names: Collection[str]) -> None:
+        """Has submodules warn when they are put into another mode than the root's, which decides about them here."""
+        for name in names:
+            module = dict(self.named_modules(remove_duplicate=False)).get(name) if name else None
+            if type(module) is nn.Module:
+                module.__class__ = Follower
+                module.__dict__["_follows"] = (self, name)
+
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "training":  # which is the mode of the sites that the root owns
@@ -76,6 +86,18 @@ class DualModule(nn.Module):
             program._modules.update(self._modules)
             program._parameters, program._buffers = self._parameters, self._buffers
             program._non_persistent_buffers_set = self._non_persistent_buffers_set
+
+
+class Follower(nn.Module):
+    """A submodule by whose mode Python decides in the eager model, and the root decides here."""
+
+    _follows: tuple[nn.Module, str]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "training" and value is not self._follows[0].training:
+            root = "eval" if value else "train"
+            messages.FOLLOWS_ROOT.warn(module=self._follows[1], mode=root)
 
 
 def share(train: nn.Module, evaluation: nn.Module) -> None:

@@ -10,6 +10,7 @@ from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
 
 from compile_modes import _compat
+from compile_modes.graph import calls
 from compile_modes.graph.ops import lookup
 from compile_modes.graph.view import attribute
 
@@ -27,7 +28,7 @@ def has_effect(module: Any, node: fx.Node) -> bool:
         return not isinstance(graph, fx.Graph) or any(has_effect(called, inner) for inner in graph.nodes)
     if node.op != "call_function":
         return False
-    row = lookup(node.target)
+    row = lookup(node.target) if node.target is not calls.switch else None  # either branch may write
     if row is not None and (row.flag is not None or row.implied is not None):
         mode = row.implied if row.flag is None else row.read(node.args, dict(node.kwargs), row.flag)
         if mode is False and not _mutable(node.target):

@@ -1,5 +1,6 @@
 """A program's sites as data and as text."""
 
+import operator
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
@@ -123,10 +124,33 @@ def _described(site: Site, overridden: bool) -> dict[str, Any]:
         "held_by": "override" if overridden else _held_by(site),
         "inverted": site.inverted,
         "modeless": site.modeless,
-        "literals": {name: _plain(value) for name, value in site.literals.items()},
+        "literals": _branches(site) if site.op.family == "switch" else _literals(site),
         "limits": {mode: text for mode, (_, text) in reasons.items()},
         "codes": {mode: code for mode, (code, _) in reasons.items()},
     }
+
+
+def _literals(site: Site) -> dict[str, Any]:
+    return {name: _plain(value) for name, value in site.literals.items()}
+
+
+def _branches(site: Site) -> dict[str, Any]:
+    """What each branch of a switch does: how many ops, and the buffers that it writes."""
+    return dict(zip(("train", "eval"), map(_does, site.body.view.run_by(site.node)), strict=True))
+
+
+def _does(body: Body) -> str:
+    ops, written = 0, set()
+    pending = [body]
+    while pending:
+        body = pending.pop()
+        for node in body.graph.nodes:
+            inner = body.view.run_by(node) if node.op == "call_function" else []
+            pending += inner
+            ops += node.op == "call_function" and not inner and node.target is not operator.getitem
+            written.update(_written(body, node))
+    writes = f", writes {', '.join(sorted(written))}" if written else ""
+    return f"{ops} ops{writes}" if ops else "nothing"
 
 
 def _held_by(site: Site) -> str:

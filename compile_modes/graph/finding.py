@@ -53,6 +53,8 @@ def graph_roots(obj: Any) -> list[nn.Module]:
 def _sites_of(body: Body) -> list[Site]:
     if body.gated:
         return []  # the call that runs it is the site
+    if body.branch:  # two exports tell what is in a branch; nothing need be guessed of it
+        return [_site(body, n, row) for n in body.graph.nodes if n.op == "call_function" and (row := lookup(n.target))]
     special = {r.node: _site_without_flag(body, r.node, TABLE[r.gate], True, r) for r in regions(body) if r.covers}
     for node, live in iterations(body):
         special[node] = _site_without_flag(body, node, STUCK_ITERATION if live else LOST_ITERATION, live)

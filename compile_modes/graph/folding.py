@@ -2,11 +2,11 @@
 
 import itertools
 import operator
-from typing import Any
+from typing import Any, cast
 
 from torch import fx, nn
 
-from compile_modes.graph.calls import GATES
+from compile_modes.graph.calls import FOLDED, switch
 from compile_modes.graph.edits import OWNED
 from compile_modes.graph.regions import Region
 from compile_modes.graph.sizes import compute_at
@@ -59,10 +59,10 @@ def _present(node: fx.Node) -> fx.Node:
 
 def unfold(call: fx.Node, body: Body) -> None:
     """Puts the nodes of a call with a literal mode back in its place (train), or removes it (eval)."""
-    training, results, holder, *operands = call.args
-    values: Any = operands[: int(str(results))]
-    if training:
-        module = attribute(body.module, str(holder.target))  # type: ignore[union-attr]
+    chosen, holders, operands = _taken(call)
+    values: Any = operands[: int(str(call.args[1]))] if chosen is None else ()
+    if chosen is not None:
+        module = attribute(body.module, str(chosen.target))
         inputs = module.graph.find_nodes(op="placeholder")
         inside = dict(zip(inputs, operands, strict=True))
         with body.graph.inserting_before(call):
@@ -70,19 +70,30 @@ def unfold(call: fx.Node, body: Body) -> None:
         for name, held in module.named_children():
             setattr(body.module, name, held)
     for item in list(call.users):
-        item.replace_all_uses_with(values[item.args[1]])
+        if item.users:
+            item.replace_all_uses_with(values[item.args[1]])
         body.graph.erase_node(item)
     body.graph.erase_node(call)
-    if not holder.users:  # type: ignore[union-attr]
-        body.graph.erase_node(holder)  # type: ignore[arg-type]
-        delattr(body.module, str(holder.target))  # type: ignore[union-attr]
+    for holder in holders:
+        if not holder.users:
+            body.graph.erase_node(holder)
+            delattr(body.module, str(holder.target))
+
+
+def _taken(call: fx.Node) -> tuple[fx.Node | None, list[fx.Node], list[Any]]:
+    """Of a call with a literal mode: what it runs, if anything, all that it might run, and on what."""
+    if call.target is switch:
+        training, train, evaluation, *operands = call.args
+        return cast(fx.Node, train if training else evaluation), cast(list[fx.Node], [train, evaluation]), operands
+    training, _, holder, *operands = call.args
+    return cast(fx.Node, holder) if training else None, [cast(fx.Node, holder)], operands
 
 
 def unfold_literals(root: nn.Module) -> None:
     """Unfolds all calls with a literal mode, in place, for compilers that know aten ops only."""
-    for body in View(root).bodies:
+    for body in reversed(View(root).bodies):  # what is within another call first
         for node in list(body.graph.nodes):
-            if node.target in GATES and isinstance(node.args[0], bool):
+            if node.target in FOLDED and isinstance(node.args[0], bool):
                 unfold(node, body)
 
 

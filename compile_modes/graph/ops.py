@@ -41,7 +41,7 @@ class ModeOp:
 
     Attributes:
         overload: the operator, or the function of ``calls.py``.
-        family: dropout, batch_norm, instance_norm, rrelu, rnn, attention, noise or spectral_norm.
+        family: dropout, batch_norm, instance_norm, rrelu, rnn, attention, noise, spectral_norm or switch.
         flag: name of the boolean argument that is the mode; None if there is none.
         p: name of the probability argument. Without a flag it is the mode itself: 0 in eval, positive in train.
         stats: names of the running statistics; None operands there mean batch statistics in both modes.
@@ -247,6 +247,7 @@ def _own_rows() -> Iterator[ModeOp]:
     yield ModeOp(CUMULATIVE_BATCH_NORM, "batch_norm", flag="training", stats=STATS, shown=("eps",))
     yield ModeOp(calls.noise, "noise", flag="training")
     yield ModeOp(calls.power_iteration, "spectral_norm", flag="training")
+    yield ModeOp(calls.switch, "switch", flag="training")
 
 
 def _build() -> dict[Any, ModeOp]:

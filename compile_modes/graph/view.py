@@ -48,6 +48,7 @@ class Body:
         parent: the body that runs this one, and ``caller`` the node there; both None for the root.
         always: whether the caller runs the body exactly once, so that a statement may be hoisted out of it.
         gated: whether it is, or is below, what a call of ``calls.py`` runs in train only.
+        branch: whether it is, or is below, a branch of a switch.
         operands: what the caller passes for each placeholder, as far as known.
         children: the bodies that nodes of this graph run.
     """
@@ -59,13 +60,15 @@ class Body:
     caller: fx.Node | None = None
     always: bool = True
     gated: bool = False
+    branch: bool = False
     operands: dict[fx.Node, Any] = field(default_factory=dict)
     children: dict[fx.Node, "Body"] = field(default_factory=dict)
 
     @property
     def runs_once(self) -> bool:
-        """Whether a run of the root runs this graph exactly once."""
-        return self.always and (self.parent is None or self.parent.runs_once)
+        """Whether a run of the root runs this graph exactly once, or, of a branch, not at all."""
+        chosen = self.caller is not None and self.caller.target is calls.switch
+        return (self.always or chosen) and (self.parent is None or self.parent.runs_once)
 
     @property
     def graph(self) -> fx.Graph:
@@ -109,6 +112,10 @@ class View:
         """The graph that a node stands in."""
         return self.by_graph[node.graph]
 
+    def run_by(self, node: fx.Node) -> list[Body]:
+        """The graphs that a node runs."""
+        return [body for body in self.bodies if body.caller is node]
+
     def nodes(self) -> Iterator[fx.Node]:
         """The nodes of all graphs."""
         for body in self.bodies:
@@ -141,7 +148,8 @@ class View:
         turns: dict[str, int] = {}
         for node in body.graph.nodes:
             for child in _children(body, node, turns):
-                body.children[node] = child
+                if node.target is not calls.switch:  # which has two
+                    body.children[node] = child
                 self._visit(child, seen)
 
     def _held(self, node: fx.Node) -> Any:
@@ -217,9 +225,12 @@ def _children(body: Body, node: fx.Node, turns: dict[str, int]) -> Iterator[Body
                 module = attribute(body.module, str(arg.target))
                 if isinstance(module, fx.GraphModule):
                     path = join(body.path, str(arg.target))
+                    switch = node.target is calls.switch
                     child = Body(body.view, module, path, body, node, always, gate or body.gated)
+                    child.branch = switch or body.branch
                     operands = [a for a in node.args[position + 1 :] if not isinstance(a, str)]  # a region's name
-                    if (gate or node.target in _compat.PASSING_HOPS) and len(child.inputs) == len(operands):
+                    operands = list(node.args[3:]) if switch else operands
+                    if (gate or switch or node.target in _compat.PASSING_HOPS) and len(child.inputs) == len(operands):
                         child.operands = dict(zip(child.inputs, operands, strict=True))
                     yield child
 

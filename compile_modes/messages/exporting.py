@@ -1,7 +1,7 @@
 """CM3xx: exporting both modes of an eager model."""
 
-from compile_modes.errors import ExportError
-from compile_modes.messages.entry import Error
+from compile_modes.errors import BindError, ExportError
+from compile_modes.messages.entry import Error, Warn
 
 NOT_EAGER = Error(
     "CM301",
@@ -36,4 +36,36 @@ ASSIGNED = Error(
     "write it in place: with torch.no_grad(): self.buffer.copy_(value)",
     where="buffer {buffer!r}",
     raised=ExportError,
+)
+GUESSED = Warn(
+    "CM306",
+    "what Python decides in {modules} is taken to follow their own mode, which is a guess: it may follow that of a "
+    "module around them.",
+    "compile_modes.export(model, args) without probe=False: a few more exports tell",
+)
+FOLLOWS_ROOT = Warn(
+    "CM307",
+    "what Python decides by the mode of {module!r} follows the root here, which is in {mode} mode: only ops follow the "
+    "mode of this submodule.",
+    "put the whole module into that mode; compile_modes.explain() says why the two programs are not one",
+)
+NO_SECOND_PROGRAM = Error(
+    "CM308",
+    "{kind} is no ExportedProgram",
+    "pass the programs of both modes",
+    where="{argument}",
+    raised=BindError,
+)
+KEEP_OF_TWO = Error(
+    "CM309",
+    "two programs say what keep and dropout_p are for",
+    "leave them out",
+    raised=BindError,
+)
+OTHER_WEIGHTS = Error(
+    "CM310",
+    "the two programs have other values under one name",
+    "export both from one model, with no step of training between",
+    where="{name}",
+    raised=BindError,
 )

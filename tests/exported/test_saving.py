@@ -1,4 +1,5 @@
 import copy
+import io
 import subprocess
 import sys
 
@@ -133,3 +134,22 @@ def test_other_files_are_refused(tmp_path):
             cm.load(file)
     with pytest.raises(cm.ArchiveError):
         cm.load(tmp_path / "missing.pt2")
+
+
+def test_an_input_named_as_a_builtin_is_kept_where_a_region_returns_nothing():
+    class Count(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("steps", torch.zeros(()))
+
+        def forward(self, x):
+            with torch.no_grad():
+                self.steps.add_(1)
+            return x + 1
+
+    module, file = cm.export(nn.Sequential(Count(), nn.Dropout(0.2)), (torch.ones(2, 4),)), io.BytesIO()
+    cm.save(module, file)  # nn.Sequential's argument is called "input"
+    file.seek(0)
+    loaded = cm.load(file).eval()
+    assert torch.equal(loaded(torch.ones(2, 4)), torch.full((2, 4), 2.0))
+    assert loaded.get_buffer("0.steps") == 1

@@ -47,6 +47,7 @@ def test_every_row_can_be_switched_or_says_why_not():
         assert op.flag or op.p or op.refusal or op.modeless, op.overload
         assert op.family in {
             "dropout",
+            "switch",
             "batch_norm",
             "instance_norm",
             "rrelu",

@@ -1,0 +1,112 @@
+"""Who decides what differs between the programs of a model: found by exporting it in more modes.
+
+What an op depends on is the mode of its owner or of a module around it. Programs whose modules train down to some depth
+and no further tell these apart, for the whole model at once.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from compile_modes.exported.switches import Program, decider_between, differing
+from compile_modes.exported.traces import Op, Trace, Unmatched, Vector, depth_of, trace
+from compile_modes.graph.edits import own
+
+Probe = Callable[[Vector], ExportedProgram]  # exports the model in given modes
+_MOST = 5  # exports to find who decides
+
+
+@dataclass
+class Explored:
+    """Exports in modes between eval and train.
+
+    Attributes:
+        programs: by the depth down to which modules trained.
+        checks: programs in other modes, to compare with.
+        followers: modules that decide something by their own mode, as far as it was found out.
+    """
+
+    programs: dict[int, ExportedProgram] = field(default_factory=dict)
+    checks: list[tuple[Vector, fx.GraphModule]] = field(default_factory=list)
+    followers: set[str] = field(default_factory=set)
+
+
+def explore(model: nn.Module, evaluation: Trace, train: Trace, probe: Probe) -> Explored:
+    """Exports a model until it is told which depth decides about each op that differs, and twice more to check.
+
+    Args:
+        model: the eager module; its modes are changed by ``probe``.
+        evaluation, train: the programs of the two modes.
+        probe: exports the model in the modes that a vector says.
+    """
+    found = Explored()
+    deepest = max((depth_of(op.owner) for op in differing(evaluation, train)), default=0)
+    traces: dict[float, Trace] = {-1: evaluation, math.inf: train}
+
+    def refine(low: float, high: float) -> None:
+        ops = differing(traces[low], traces[high])
+        top = int(min(high, deepest))
+        if not any(min(depth_of(op.owner), top) > low + 1 for op in ops):
+            return
+        if len(found.programs) == _MOST:
+            raise Unmatched("modules of too many depths decide")
+        middle = top - 1 if top - low <= 3 else int(low + top) // 2
+        vector = depth_vector(middle)
+        found.programs[middle] = probe(vector)
+        traces[middle] = trace(fresh(found.programs[middle]), vector)
+        refine(low, middle)
+        refine(middle, high)
+
+    refine(-1, math.inf)
+    depths = sorted(traces)
+    for low, high in itertools.pairwise(depths):
+        if low >= 0:
+            found.followers |= {_decider(op, low, high) for op in differing(traces[low], traces[high])}
+    for even in (True, False):
+        vector = alternating(model, even)
+        found.checks.append((vector, fresh(probe(vector))))
+    return found
+
+
+def _decider(op: Op, low: float, high: float) -> str:
+    try:
+        return decider_between(low, high)(op, [op])
+    except Unmatched:
+        return op.owner
+
+
+def depth_vector(depth: float) -> Vector:
+    """The modes of which modules that are at most so deep train."""
+    return lambda name: depth_of(name) <= depth
+
+
+def alternating(model: nn.Module, even: bool) -> Vector:
+    """Modes in which neighbours differ: modules side by side, and modules and what is first in them."""
+    modes = {"": even}
+
+    def visit(name: str, module: nn.Module) -> None:
+        for index, (leaf, child) in enumerate(module.named_children()):
+            path = f"{name}.{leaf}" if name else leaf
+            modes[path] = modes[name] is bool(index % 2)
+            visit(path, child)
+
+    visit("", model)
+    return lambda name: modes.get(name, even)
+
+
+def fresh(program: ExportedProgram) -> fx.GraphModule:
+    """The module of a program, with bodies of its own."""
+    root = program.module()
+    own(root)
+    assert isinstance(root, fx.GraphModule)
+    return root
+
+
+def chain(programs: dict[int, ExportedProgram], evaluation: fx.GraphModule, train: fx.GraphModule) -> Sequence[Program]:
+    """Programs by depth, from eval to train."""
+    between = [Program(fresh(programs[depth]), depth) for depth in sorted(programs)]
+    return [Program(evaluation, -1), *between, Program(train, math.inf)]

@@ -1,0 +1,146 @@
+"""One graph for what Python decides by ``training``, module by module: switches between programs of several modes."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from compile_modes.exported.aligning import align
+from compile_modes.exported.checking import all_ops, differs
+from compile_modes.exported.emitting import emit, prune
+from compile_modes.exported.merging import Decide, merge
+from compile_modes.exported.traces import Op, Trace, Unmatched, Vector, depth_of, prefix, trace
+from compile_modes.exported.trees import Tree
+from compile_modes.exported.verdicts import decided
+from compile_modes.graph.owners import module_path
+
+
+@dataclass
+class Merged:
+    """What :func:`one_graph` made of the programs.
+
+    Attributes:
+        bound: nodes whose flag follows the module that owns them.
+        fixed: nodes that have their mode whatever the flag.
+        inverted: nodes in eval when their owner trains, with the probability that the train export has lost.
+        switches: calls of ``calls.switch``.
+        kept_steps: nodes of batch norms whose counter steps in both modes.
+        counting: nodes of ``fixed`` whose counter steps in train only.
+    """
+
+    bound: list[fx.Node] = field(default_factory=list)
+    fixed: list[fx.Node] = field(default_factory=list)
+    inverted: dict[fx.Node, float | None] = field(default_factory=dict)
+    switches: list[fx.Node] = field(default_factory=list)
+    kept_steps: set[fx.Node] = field(default_factory=set)
+    counting: set[fx.Node] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Program:
+    """One export: the module of its program, and which modules trained: those that are at most so deep."""
+
+    root: fx.GraphModule
+    depth: float
+
+    def vector(self, name: str) -> bool:
+        return depth_of(name) <= self.depth
+
+
+class OneGraph:
+    """The merging of programs: each step of depth decides what differs between two of them.
+
+    Args:
+        programs: at least that of eval mode (depth -1) and of train mode (depth infinite), by depth.
+        guess: whether the module around all that differs in one place is taken for the one that decides.
+    """
+
+    def __init__(self, programs: Sequence[Program], *, guess: bool = False) -> None:
+        self.programs, self.guess = programs, guess
+        first = trace(programs[0].root, programs[0].vector)
+        self.tree = Tree(list(first.ops), first.outputs)
+        self.root = programs[-1].root
+        same_structure(programs)
+        self.follows_owners = True  # whether each op that differs is decided by the module that it is of
+        for before, after in itertools.pairwise(programs):
+            pieces = merge(
+                self.tree, trace(after.root, after.vector), decider_between(before.depth, after.depth, guess=guess)
+            )
+            self.follows_owners &= all(op.owner == p.decider for p in pieces for op in (*p.old, *p.new))
+        prune(self.tree)
+        self.decisions = dict(decided(all_ops(self.tree.items)))
+
+    def differs(self, root: fx.GraphModule, vector: Vector) -> str:
+        """Compares the graph in given modes with an export made in them; says where they differ."""
+        return differs(self.tree, self.decisions, trace(root, vector))
+
+    def emit(self) -> Merged:
+        """Makes the graph that of the train program's module, in place."""
+        emitted, merged = emit(self.root, self.tree), Merged()
+        for op, decision in self.decisions.items():
+            if op not in emitted.ops:
+                continue
+            node = emitted.ops[op]
+            for site, verdict in ((node, decision.verdict), *decision.inner):
+                if verdict.how == "bound":
+                    own_flag(site, verdict.owner)
+                    merged.bound.append(site)
+                elif verdict.how == "inverted":
+                    own_flag(site, verdict.owner)
+                    merged.inverted[site] = verdict.p
+                elif verdict.how == "fixed":
+                    merged.fixed.append(site)
+            if op.counter is not None and all(counts for _, _, counts in op.seen):
+                merged.kept_steps.update([node] if decision.verdict.varied else [])
+            elif op.counter is not None and decision.verdict.how == "fixed":
+                merged.counting.add(node)
+        merged.switches = list(emitted.switches.values())
+        return merged
+
+
+def same_structure(programs: Sequence[Program]) -> None:
+    """Raises Unmatched if programs take or return things in another structure."""
+    specs = [getattr(program.root.graph._codegen, "pytree_info", None) for program in programs]
+    for spec in specs[:-1]:
+        for name in ("in_spec", "out_spec"):
+            if getattr(spec, name, None) != getattr(specs[-1], name, None):
+                what = "outputs" if name == "out_spec" else "inputs"
+                raise Unmatched(f"the structure of the {what}")
+
+
+def decider_between(low: float, high: float, *, guess: bool = False) -> Decide:
+    """Who decides what differs between two programs, if the modules that are ``low < depth <= high`` differ in mode."""
+
+    def decide(op: Op | None, stretch: Sequence[Op]) -> str:
+        if guess:
+            return _around([op.owner for op in stretch])
+        depth = int(min(depth_of(op.owner), high)) if op is not None else 0
+        if depth <= low:
+            of = f"{op.node.target} (owner {op.owner!r})" if op is not None else "what is returned"
+            raise Unmatched(f"{of} depends on the mode of a module inside of its own")
+        if depth > low + 1:
+            assert op is not None
+            raise Unmatched(f"which module decides about {op.node.target} (owner {op.owner!r})")
+        return prefix(op.owner, depth) if op is not None else ""
+
+    return decide
+
+
+def _around(owners: Sequence[str]) -> str:
+    """The innermost module that is around all these."""
+    paths = [owner.split(".") if owner else [] for owner in owners]
+    shared = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
+    return ".".join(names[0] for names in shared)
+
+
+def differing(first: Trace, second: Trace) -> list[Op]:
+    """The ops that only one of two programs has."""
+    return [op for equal, a, b in align(first.ops, second.ops) if not equal for op in (*a, *b) if not op.is_layout]
+
+
+def own_flag(node: fx.Node, owner: str) -> None:
+    """Makes a module the owner of a node whose flag it hands to another one."""
+    if module_path(node) != owner:
+        stack = dict(node.meta.get("nn_module_stack") or {})
+        node.meta["nn_module_stack"] = {**stack, f"flag of {owner}": (owner, "torch.nn.modules.module.Module")}
