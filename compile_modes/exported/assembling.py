@@ -13,12 +13,12 @@ from compile_modes import messages
 from compile_modes.errors import ExportError
 from compile_modes.exported.arguments import take_names
 from compile_modes.exported.binding import carry_out
-from compile_modes.exported.deciders import Explored, Probe, chain, depth_vector, explore, fresh
 from compile_modes.exported.pairing import Pairing, pair
 from compile_modes.exported.planning import Plan, plan_binding
 from compile_modes.exported.provenance import Source, set_flags
-from compile_modes.exported.switches import OneGraph, differing
-from compile_modes.exported.traces import Unmatched, trace
+from compile_modes.exported.switching.deciders import Explored, Probe, chain, depth_vector, explore, fresh
+from compile_modes.exported.switching.switches import OneGraph, differing
+from compile_modes.exported.switching.traces import Unmatched, trace
 from compile_modes.graph.dual import DualModule, share
 from compile_modes.graph.edits import hoist_constants
 from compile_modes.graph.finding import find, sites

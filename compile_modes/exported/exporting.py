@@ -14,7 +14,7 @@ from compile_modes.exported.assembling import Explorer, assemble, say_guessed
 from compile_modes.exported.assigned import keeping_assignments
 from compile_modes.exported.faithful import faithful, settled
 from compile_modes.exported.provenance import flags, set_flags
-from compile_modes.exported.traces import Vector
+from compile_modes.exported.switching.traces import Vector
 from compile_modes.graph.cumulative import exportable
 
 

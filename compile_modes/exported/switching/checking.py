@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
-from compile_modes.exported.aligning import align
-from compile_modes.exported.traces import Op, Trace, Vector, is_value
-from compile_modes.exported.trees import Items, Phi, Switch, Tree
-from compile_modes.exported.verdicts import Decision, literal
+from compile_modes.exported.switching.aligning import align
+from compile_modes.exported.switching.traces import Op, Trace, Vector, is_value
+from compile_modes.exported.switching.trees import Items, Phi, Switch, Tree
+from compile_modes.exported.switching.verdicts import Decision, literal
 
 
 def all_ops(items: Items) -> Iterator[Op]:

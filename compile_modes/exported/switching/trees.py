@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from compile_modes.exported.traces import Op
+from compile_modes.exported.switching.traces import Op
 
 
 @dataclass(eq=False)

@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from difflib import SequenceMatcher
 from typing import Any
 
-from compile_modes.exported.aligning import align
-from compile_modes.exported.standing import Values
-from compile_modes.exported.traces import Op, Trace, Unmatched, ancestors, map_values, values_of
-from compile_modes.exported.trees import Items, Piece, Place, Progress, Switch, Tree, path
+from compile_modes.exported.switching.aligning import align
+from compile_modes.exported.switching.standing import Values
+from compile_modes.exported.switching.traces import Op, Trace, Unmatched, ancestors, map_values, values_of
+from compile_modes.exported.switching.trees import Items, Piece, Place, Progress, Switch, Tree, path
 
 # The module whose flag decides whether an op that differs runs, or, of None, which output is returned; the second
 # argument is all that differs with it.

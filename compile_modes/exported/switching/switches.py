@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from compile_modes.exported.aligning import align
-from compile_modes.exported.checking import all_ops, differs
-from compile_modes.exported.emitting import emit, prune
-from compile_modes.exported.merging import Decide, merge
-from compile_modes.exported.traces import Op, Trace, Unmatched, Vector, depth_of, prefix, trace
-from compile_modes.exported.trees import Tree
-from compile_modes.exported.verdicts import decided
+from compile_modes.exported.switching.aligning import align
+from compile_modes.exported.switching.checking import all_ops, differs
+from compile_modes.exported.switching.emitting import emit, prune
+from compile_modes.exported.switching.merging import Decide, merge
+from compile_modes.exported.switching.traces import Op, Trace, Unmatched, Vector, depth_of, prefix, trace
+from compile_modes.exported.switching.trees import Tree
+from compile_modes.exported.switching.verdicts import decided
 from compile_modes.graph.owners import module_path
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from compile_modes.exported.switches import Program, decider_between, differing
-from compile_modes.exported.traces import Op, Trace, Unmatched, Vector, depth_of, trace
+from compile_modes.exported.switching.switches import Program, decider_between, differing
+from compile_modes.exported.switching.traces import Op, Trace, Unmatched, Vector, depth_of, trace
 from compile_modes.graph.edits import own
 
 Probe = Callable[[Vector], ExportedProgram]  # exports the model in given modes

@@ -7,8 +7,8 @@ other. What is left unclear is refused with :class:`Unmatched`.
 
 from typing import Any
 
-from compile_modes.exported.traces import Held, Input, Op, Unmatched, is_value, values_of
-from compile_modes.exported.trees import Phi, Piece, Place, Progress, Switch, top
+from compile_modes.exported.switching.traces import Held, Input, Op, Unmatched, is_value, values_of
+from compile_modes.exported.switching.trees import Phi, Piece, Place, Progress, Switch, top
 
 
 class Values:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from compile_modes.exported.traces import Graph, Held, Op, map_values
+from compile_modes.exported.switching.traces import Graph, Held, Op, map_values
 from compile_modes.graph.ops import lookup
 from compile_modes.graph.view import attribute
 

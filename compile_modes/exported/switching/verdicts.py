@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import fx
 
-from compile_modes.exported.aligning import probability
-from compile_modes.exported.traces import Graph, Op, Unmatched, Vector, ancestors
+from compile_modes.exported.switching.aligning import probability
+from compile_modes.exported.switching.traces import Graph, Op, Unmatched, Vector, ancestors
 from compile_modes.graph.ops import ModeOp, lookup
 from compile_modes.graph.owners import module_path
 from compile_modes.graph.view import attribute
