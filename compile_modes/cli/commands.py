@@ -133,7 +133,7 @@ def _report(opened: Opened, args: argparse.Namespace) -> dict[str, Any]:
     if isinstance(opened.content, DualModule) and args.mode is None and not args.override:
         both = opened.content
         report |= {**survey(both), "complaints": [], "refused": []}
-        after = {name: graph_text(both.program(name == "train")) for name in opened.programs} if args.graph else {}
+        after = {name: graph_text(both.program(name == "train")) for name in ("train", "eval")} if args.graph else {}
     else:
         request = _requested(opened, args)
         report |= {"difference": None, "programs": [_program(request)], "complaints": [*map(str, request.complaints)]}

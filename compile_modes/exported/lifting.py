@@ -20,6 +20,7 @@ from torch.export.graph_signature import (
     OutputSpec,
     TensorArgument,
 )
+from torch.utils import _pytree as pytree
 
 from compile_modes import _compat, messages
 from compile_modes._compat import pt2, tracing
@@ -57,7 +58,7 @@ def relift(root: nn.Module, program: ExportedProgram, changed: Collection[fx.Nod
             dict(program.range_constraints),
             lift.call_graph(),
             program.example_inputs,
-            dict(program.constants),
+            lift.constants,
             verifiers=checks,
         )
     except pt2.SpecViolationError as error:
@@ -76,6 +77,9 @@ class _Lift:
         self.bodies: dict[str, nn.Module] = {}
         self.inputs: list[InputSpec] = []
         self.outputs: list[OutputSpec] = []
+        self.constants = dict(program.constants)
+        fakes = (node.meta.get("val") for node in program.graph.nodes)
+        self._mode: Any = next((fake.fake_mode for fake in fakes if isinstance(fake, _compat.FakeTensor)), None)
         self._held: dict[str, fx.Node] = {}  # placeholders of state and constants, by path
         self._copies: dict[fx.Node, fx.Node] = {}
         self._stale: set[fx.Node] = set()
@@ -96,7 +100,7 @@ class _Lift:
                 continue  # the module's graph has none
             if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER):
                 while added:
-                    self._add_buffer(*added.pop(0))
+                    self._add(*added.pop(0))
             copied = self._placeholder(node.name, node)
             self.inputs.append(copy.deepcopy(spec))
             if spec.kind is InputKind.USER_INPUT:
@@ -104,7 +108,7 @@ class _Lift:
             else:
                 self._held[str(spec.target)] = copied
         for name, value in added:
-            self._add_buffer(name, value)
+            self._add(name, value)
 
     def _placeholder(self, name: str, like: fx.Node | None = None) -> fx.Node:
         node = self.graph.create_node("placeholder", name, name=name)
@@ -115,19 +119,24 @@ class _Lift:
         return node
 
     def _added(self, old: fx.Graph) -> list[tuple[str, torch.Tensor]]:
-        """State of the program that only the edited graph reads: the counters that a strict eval export drops."""
-        state = self.program.state_dict
-        unread = state.keys() - {spec.target for spec in self.program.graph_signature.input_specs}
+        """What only the edited graph reads: counters that a strict eval export drops, constants of the other mode."""
+        state, known = self.program.state_dict, {spec.target for spec in self.program.graph_signature.input_specs}
+        held = {id(constant) for constant in self.program.constants.values()}
         read = dict.fromkeys(str(node.target) for node in old.find_nodes(op="get_attr"))
-        return [(name, state[name]) for name in read if name in unread]
+        values = {name: attribute(self.root, name) for name in read if name not in known}
+        constants = {n: v for n, v in values.items() if isinstance(v, torch.Tensor) and id(v) not in held}
+        found = [(name, state[name]) for name in values if name in state]
+        return found + [(name, value) for name, value in constants.items() if name not in state]
 
-    def _add_buffer(self, name: str, value: torch.Tensor) -> None:
-        fakes = (node.meta.get("val") for node in self.program.graph.nodes)
-        mode = next(fake.fake_mode for fake in fakes if isinstance(fake, _compat.FakeTensor))
-        node = self._placeholder("b_" + name.replace(".", "_"))
-        node.meta["val"] = mode.from_tensor(value, static_shapes=True)
-        self.inputs.append(InputSpec(InputKind.BUFFER, TensorArgument(node.name), name, persistent=True))
+    def _add(self, name: str, value: torch.Tensor) -> None:
+        constant = name not in self.program.state_dict
+        node = self._placeholder(("c_" if constant else "b_") + name.replace(".", "_"))
+        node.meta["val"] = self._mode.from_tensor(value, static_shapes=True)
+        kind, persistent = (InputKind.CONSTANT_TENSOR, None) if constant else (InputKind.BUFFER, True)
+        self.inputs.append(InputSpec(kind, TensorArgument(node.name), name, persistent=persistent))
         self._held[name] = node
+        if constant:
+            self.constants[name] = value
 
     def _get_attr(self, node: fx.Node) -> fx.Node:
         path = str(node.target)
@@ -147,15 +156,26 @@ class _Lift:
     def _call(self, node: fx.Node) -> fx.Node:
         copied = self.graph.node_copy(node, self._copies.__getitem__)
         copied.meta.pop("from_node", None)  # speaks of the module's graph
+        foreign = any(self._is_foreign(value) for value in pytree.tree_leaves(copied.meta.get("val")))
         stale = node in self.changed or any(n in self._stale for n in copied.all_input_nodes)
-        if "val" not in copied.meta or stale:
+        if "val" not in copied.meta or stale or foreign:
             before = copied.meta.get("val")
-            result = _computed(copied)
-            if "val" not in copied.meta or _layout(result) != _layout(before):
+            result = pytree.tree_map(self._adopted, _computed(copied))
+            if "val" not in copied.meta or foreign or _layout(result) != _layout(before):
                 copied.meta["val"] = result
                 copied.meta.pop("tensor_meta", None)
                 self._stale.add(copied)
         return copied
+
+    def _is_foreign(self, value: Any) -> bool:
+        """Whether a fake tensor comes from the trace of another program, as those of a switch's branch may."""
+        return isinstance(value, _compat.FakeTensor) and value.fake_mode is not self._mode
+
+    def _adopted(self, value: Any) -> Any:
+        if not self._is_foreign(value):
+            return value
+        with self._mode:
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
     def _place_outputs(self, node: fx.Node) -> None:
         values: Any = node.args[0]
