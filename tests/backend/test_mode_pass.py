@@ -19,6 +19,7 @@ from compile_modes.backend import mode_pass as passes
 from graphs import graphs_compiled
 from nets import IMAGE, Activations, BrokenBetween, ConvNet, Parent, Regions, Small
 from oracle import same_steps
+from setups import sampled
 
 CASES = {
     "eval": (True, {"training": False}, lambda m: m.eval()),
@@ -50,7 +51,7 @@ def make(model, kind, x):
     return cm.bind(torch.export.export(copy.deepcopy(model), (x,))) if kind == "bound" else copy.deepcopy(model)
 
 
-@pytest.mark.parametrize("kind", ["eager", "bound"])
+@pytest.mark.parametrize("kind", sampled(["eager", "bound"]))
 @pytest.mark.parametrize("case", CASES)
 def test_forced_modes(case, kind):
     flags, options, equivalent = CASES[case]
@@ -260,6 +261,7 @@ import torch
 from torch._dynamo.utils import counters
 import compile_modes as cm
 from nets import IMAGE, ConvNet
+from setups import sampled
 torch.manual_seed(0)
 model = ConvNet()
 options = {"pre_grad_custom_pass": cm.ModePass(**json.loads(sys.argv[1]))}

@@ -110,7 +110,14 @@ def test_stock_dynamo_runs_eager_beyond_its_limit(artefacts):
     assert sum(ref().calls for ref in artefacts) == calls == LIMIT
 
 
-@pytest.mark.parametrize(("kind", "keep"), [("eager", 1), ("bound", 3), ("in place", 20)])
+@pytest.mark.parametrize(
+    ("kind", "keep"),
+    [
+        ("eager", 1),
+        pytest.param("bound", 3, marks=pytest.mark.slow),
+        pytest.param("in place", 20, marks=pytest.mark.slow),
+    ],
+)
 def test_all_vectors_are_compiled(kind, keep, artefacts):
     reference = Layers()
     model = copy.deepcopy(reference)

@@ -18,7 +18,7 @@ from backend.nested import CHECKPOINTS, Net, X, no_grad, selective
 from compile_modes import _compat
 from graphs import graphs_compiled
 from oracle import agrees, same_outputs, same_step, same_steps
-from setups import compile_
+from setups import compile_, sampled
 
 pytestmark = pytest.mark.usefixtures("no_inductor")
 
@@ -90,7 +90,7 @@ def test_a_checkpoint_whose_body_writes_nothing_equals_eager():
     assert graphs_compiled() == 2
 
 
-@pytest.mark.parametrize("flags", [True, False], ids=["flags-train", "flags-eval"])
+@pytest.mark.parametrize("flags", sampled([True, False]), ids=["flags-train", "flags-eval"])
 @pytest.mark.parametrize(("kind", "parts"), PARTS)
 def test_modes_reach_into_bodies(kind, flags, parts):
     reference = make(kind).train(flags)

@@ -21,6 +21,7 @@ from compile_modes import _compat
 from graphs import graphs_compiled
 from nets import IMAGE, ConvNet, Parent
 from oracle import same_state
+from setups import sampled
 
 
 class Compiled:
@@ -126,7 +127,7 @@ def train_and_evaluate(call, steps=2):
     return [o.detach() for o in outputs]
 
 
-@pytest.mark.parametrize("kind", ["wrapped", "in place", "forward", "nested", "bound"])
+@pytest.mark.parametrize("kind", sampled(["wrapped", "in place", "forward", "nested", "bound"], 3))
 def test_training_compiles_nothing_more_and_is_the_same(kind, compiled):
     torch.manual_seed(1)
     cold = make(kind)
@@ -319,6 +320,7 @@ import torch
 from torch._dynamo.utils import counters
 import compile_modes as cm
 from nets import IMAGE, ConvNet
+from setups import sampled
 torch.manual_seed(0)
 call = torch.compile(ConvNet(), backend="pt2e_modes")
 graphs = cm.warmup(call, IMAGE, progress=False)

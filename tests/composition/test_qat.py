@@ -133,6 +133,7 @@ def test_through_inductor_it_converts_to_what_the_standard_flow_gives():
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_restored_literals_make_a_prepared_module_train_as_the_eager_model(no_inductor):
     """With fake quantization off, eager PyTorch on the original module is the oracle."""
     reference = Net()

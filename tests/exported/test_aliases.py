@@ -12,6 +12,7 @@ import compile_modes as cm
 from compile_modes.exported.provenance import Source
 from compile_modes.graph.dual import DualModule
 from oracle import agrees, same_outputs, text
+from setups import sampled
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(3))
 IMAGES = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(3))
@@ -153,7 +154,7 @@ def parts_in_eval(module, *names):
 
 
 @pytest.mark.parametrize("two", [False, True], ids=["one-graph", "two-programs"])
-@pytest.mark.parametrize("body", [*REUSING, *CLEAR])
+@pytest.mark.parametrize("body", sampled([*REUSING, *CLEAR]))
 def test_exports_equal_eager_whoever_is_awake(body, two):
     model = Model(body, nn.Dropout(0.5), two)
     module = cm.export(model, (X,))

@@ -86,7 +86,7 @@ def test_exports_keep_every_nesting(names):
     same(names, module)
 
 
-@pytest.mark.parametrize("names", named(FEW))
+@pytest.mark.parametrize("names", named(FEW, FEW[:1]))
 def test_so_do_two_programs_and_files(names):
     module = cm.export(Nested(names, two=True), (X,))
     assert isinstance(module, DualModule)
@@ -97,7 +97,7 @@ def test_so_do_two_programs_and_files(names):
 
 
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("names", named([*NESTINGS, *DEEP], NESTINGS))
+@pytest.mark.parametrize("names", named([*NESTINGS, *DEEP], FEW))
 def test_bound_programs_keep_it_or_warn(names, strict):
     if "inference" in names:
         pytest.skip("torch.export drops inference_mode(), and the program shows nothing of it")
@@ -113,7 +113,7 @@ def test_bound_programs_keep_it_or_warn(names, strict):
         same(names, bound)
 
 
-@pytest.mark.parametrize("names", named([*NESTINGS, *DEEP], FEW))
+@pytest.mark.parametrize("names", named([*NESTINGS, *DEEP], FEW[:3]))
 def test_the_backend_keeps_every_nesting(names, monkeypatch):
     stand_in = torch._dynamo.lookup_backend("aot_eager_decomp_partition")
     monkeypatch.setattr(_compat, "inductor", lambda mode, options: stand_in)
@@ -121,7 +121,7 @@ def test_the_backend_keeps_every_nesting(names, monkeypatch):
     same(names, module, call=torch.compile(module, backend="pt2e_modes"))
 
 
-@pytest.mark.parametrize("names", named(NESTINGS, FEW))
+@pytest.mark.parametrize("names", named(NESTINGS, FEW[:1]))
 def test_compiled_exports_keep_every_nesting(names, monkeypatch):
     stand_in = torch._dynamo.lookup_backend("aot_eager_decomp_partition")
     monkeypatch.setattr(_compat, "inductor", lambda mode, options: stand_in)

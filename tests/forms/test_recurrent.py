@@ -13,7 +13,7 @@ from compile_modes.forms.recurrent import split_layers
 from graphs import View, add_note, graphs_compiled, module_path, note, sites
 from nets import Checkpointed, RecurrentStack
 from oracle import agrees, seeded, text
-from setups import bound, compile_
+from setups import bound, compile_, sampled
 
 aten = torch.ops.aten
 SEQUENCE = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(2))
@@ -42,6 +42,8 @@ COMPILED = [
 ]
 # An LSTM becomes its steps, which is more of a change than the layers of a GRU.
 CELLS = pytest.mark.parametrize("cell", [LSTM, pytest.param(GRU, marks=pytest.mark.slow)])
+
+OPTIONS = [({"training": True}, True), ({"overrides": {"*": "train"}}, True), ({"training": False}, False)]
 
 
 def exported(model, *args):
@@ -138,7 +140,7 @@ class TestWithoutInductor:
         agrees(reference, module, compile_(module), [SEQUENCE], flips=2, touch=lambda m: m.gru.train())
         assert graphs_compiled() == 2
 
-    @pytest.mark.parametrize("cell", [LSTM, GRU])
+    @CELLS
     def test_one_graph_for_any_batch_size(self, cell):
         reference = cell(4, 5, num_layers=2, dropout=0.5)
         batch = torch.export.Dim("batch", min=2)
@@ -150,7 +152,7 @@ class TestWithoutInductor:
 
     @pytest.mark.parametrize(
         ("options", "mode"),
-        [({"training": True}, True), ({"overrides": {"*": "train"}}, True), ({"training": False}, False)],
+        sampled([pytest.param(o, m, id=str(o)) for o, m in OPTIONS], 3),
     )
     def test_options(self, options, mode):
         reference = LSTM(4, 5, num_layers=2, dropout=0.5)

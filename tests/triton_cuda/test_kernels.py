@@ -17,6 +17,7 @@ from torch import nn
 
 import compile_modes as cm
 from nets import Activations, Attention, ConvNet, Norms, Parent, Regions, UnusedNorm
+from setups import sampled
 from triton_cuda.fake_cuda import compile_fake, fake, grad, stand_ins, triton_utils, unavailable
 from triton_cuda.inductor_programs import Moved, Program, draws, parse, ptx
 
@@ -75,7 +76,7 @@ def effects(model: nn.Module, x: torch.Tensor) -> tuple[bool, set[str]]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", sampled(KINDS))
 def test_a_forward_draws_and_writes_what_eager_does(kind, mode):
     model, x = make("eager")
     MODES[mode](model)
