@@ -261,7 +261,6 @@ import torch
 from torch._dynamo.utils import counters
 import compile_modes as cm
 from nets import IMAGE, ConvNet
-from setups import sampled
 torch.manual_seed(0)
 model = ConvNet()
 options = {"pre_grad_custom_pass": cm.ModePass(**json.loads(sys.argv[1]))}

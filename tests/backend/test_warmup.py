@@ -320,7 +320,6 @@ import torch
 from torch._dynamo.utils import counters
 import compile_modes as cm
 from nets import IMAGE, ConvNet
-from setups import sampled
 torch.manual_seed(0)
 call = torch.compile(ConvNet(), backend="pt2e_modes")
 graphs = cm.warmup(call, IMAGE, progress=False)
