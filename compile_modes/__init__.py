@@ -12,9 +12,11 @@ from compile_modes.errors import (
     ModeWarning,
     OptionError,
     OverrideError,
+    VerifyError,
     WarmupError,
 )
 from compile_modes.exported.baking import bake
+from compile_modes.exported.comparing import VerifyReport
 from compile_modes.exported.exporting import export
 from compile_modes.exported.joining import bind
 from compile_modes.exported.literals import restore_literals
@@ -25,6 +27,7 @@ from compile_modes.exported.torchao import (
     move_exported_model_to_eval,
     move_exported_model_to_train,
 )
+from compile_modes.exported.verifying import verify
 from compile_modes.graph.cumulative import exportable
 from compile_modes.graph.explain import explain
 from compile_modes.graph.finding import sites
@@ -46,6 +49,8 @@ __all__ = [
     "OverrideError",
     "Report",
     "Site",
+    "VerifyError",
+    "VerifyReport",
     "WarmupError",
     "allow_exported_model_train_eval",
     "bake",
@@ -61,5 +66,6 @@ __all__ = [
     "save",
     "set_mode",
     "sites",
+    "verify",
     "warmup",
 ]

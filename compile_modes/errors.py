@@ -3,7 +3,7 @@
 The types only; what they say stands in ``messages/``, each message under a code.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from compile_modes._compat import ShortenTraceback
 
@@ -81,6 +81,16 @@ class ExportedFile(ArchiveError):
 
 class WarmupError(CompileModesError):
     """A module can't be warmed up, or a call of it has failed on the way; its state is as it was."""
+
+
+class VerifyError(CompileModesError):
+    """A module does not do what its eager model does, or the two can't be compared.
+
+    Attributes:
+        report: the :class:`compile_modes.VerifyReport` of the comparison; None if there was none.
+    """
+
+    report: Any = None
 
 
 class ModeWarning(UserWarning):

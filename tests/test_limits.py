@@ -63,6 +63,17 @@ class Stopping(torch.autograd.Function):
         return grad
 
 
+class Skipping(nn.Module):
+    """Runs its attention in eval only, where that has no dropout: how much it has in train is never seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = Called(attention)
+
+    def forward(self, x):
+        return x if self.training else self.attention(x)
+
+
 def norm(**settings):
     return Linear(nn.BatchNorm1d(4, **settings))
 
@@ -208,6 +219,7 @@ PROVOKED = {
     (19, "CM305"): lambda: cm.export(Assigns(), (X,)),
     (20, "CM306"): lambda: cm.export(Called(jitters), (X,), probe=False),
     (20, "CM307"): lambda: cm.export(nn.Sequential(Either()), (X,)).get_submodule("0").eval(),
+    (19, "CM321"): lambda: cm.export(Skipping(), (X,), verify=True),
     (21, "CM410"): lambda: compiled(torch.export.export(Linear(nn.Dropout(0.5)), (X,)).module()),
     (22, "CM413"): lambda: compiled(Called(lambda _, x: Stopping.apply(x))),
     (22, "CM134"): lambda: compiled(Called(lambda _, x: Stopping.apply(x)), training=False),

@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch._decomp.decompositions import one_layer_lstm
 from torch._dynamo.exc import RestartAnalysis, SkipFrame
 from torch._dynamo.exc import ShortenTraceback as ShortenTraceback
+from torch._inductor import config as inductor_config
 from torch._logging._internal import trace_structured
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
@@ -139,6 +140,11 @@ def last_state(value: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
 def inductor(mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
     """What ``torch.compile(backend="inductor", mode=mode, options=options)`` would call."""
     return torch._TorchCompileInductorWrapper(mode, options, None)
+
+
+def draws_as_eager() -> bool:
+    """Whether what Inductor compiles draws the random numbers that eager draws, as far as all modules are concerned."""
+    return bool(inductor_config.fallback_random)
 
 
 def trace_artifact(name: str, text: Callable[[], str]) -> None:

@@ -8,6 +8,7 @@ objects than the frame at hand holds, by ``id_matched_objs``.
 
 import types
 import weakref
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
@@ -85,6 +86,15 @@ def entry_id(entry: Any) -> str:
 def limits() -> tuple[int, int]:
     """How many entries Dynamo makes of one function, and how often it compiles one in all."""
     return config.recompile_limit, config.accumulated_recompile_limit
+
+
+def raised_limits(count: int) -> AbstractContextManager[None]:
+    """Has Dynamo compile ``count`` more entries of each function than it would."""
+    now, accumulated = limits()
+    patched: AbstractContextManager[None] = config.patch(
+        recompile_limit=now + count, accumulated_recompile_limit=accumulated + count
+    )
+    return patched
 
 
 def uncount(entry: Any) -> None:

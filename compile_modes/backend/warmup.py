@@ -14,10 +14,10 @@ from torch.utils import _pytree as pytree
 from compile_modes import messages
 from compile_modes._compat.cache import is_compiled
 from compile_modes._compat.frames import graphs_compiled
-from compile_modes.backend.snapshot import Snapshot
 from compile_modes.console import progress as progress_bar
 from compile_modes.errors import CompileModesError
 from compile_modes.graph.requests import MODES, check_overrides, owner_matches
+from compile_modes.graph.snapshot import Snapshot
 
 Mode = str | Mapping[str, str]
 Grad = bool | str  # True, False or "inference"

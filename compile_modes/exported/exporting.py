@@ -15,6 +15,7 @@ from compile_modes.exported.assigned import keeping_assignments
 from compile_modes.exported.faithful import faithful, settled
 from compile_modes.exported.provenance import flags, set_flags
 from compile_modes.exported.switching.traces import Vector
+from compile_modes.exported.verifying import verify_export
 from compile_modes.graph.cumulative import exportable
 
 
@@ -25,6 +26,7 @@ def export(
     *,
     dynamic_shapes: Any = None,
     probe: bool = True,
+    verify: bool | None = False,
 ) -> nn.Module:
     """Exports both modes of an eager model into one module whose ``train()`` and ``eval()`` are exact.
 
@@ -50,6 +52,8 @@ def export(
         dynamic_shapes: the same; they hold for both programs.
         probe: whether to export in more modes where Python decides. Without, the module around what differs is taken
             for the one that decides.
+        verify: whether to run the result beside the model, as :func:`verify` does, which takes some calls of both. None
+            does where Python decides; with ``probe=False``, in train and eval alone.
 
     Returns:
         A module with the submodules, ``state_dict`` and modes of ``model``.
@@ -57,9 +61,10 @@ def export(
     Raises:
         ExportError: one of the exports fails (its cause is the exception's ``__cause__``), or has lost a change of grad
             mode; or the model's ``train()`` changes its weights, or it assigns a buffer what that can't hold.
+        VerifyError: the result, run beside the model, does something else.
 
     Warns:
-        ModeWarning: with ``probe=False``, which modules were taken to decide.
+        ModeWarning: with ``probe=False``, which modules were taken to decide; or the result couldn't be verified.
     """
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, nn.Module) or isinstance(model, torch.fx.GraphModule):
@@ -89,6 +94,7 @@ def export(
         set_flags(model, modes)
     if not probe:
         say_guessed(module)
+    verify_export(module, model, args, kwargs or {}, asked=verify, vectors=8 if probe else 0)
     return module
 
 

@@ -1,6 +1,6 @@
 """CM3xx: exporting both modes of an eager model."""
 
-from compile_modes.errors import BindError, ExportError
+from compile_modes.errors import BindError, ExportError, OptionError, VerifyError
 from compile_modes.messages.entry import Error, Warn
 
 NOT_EAGER = Error(
@@ -68,4 +68,77 @@ OTHER_WEIGHTS = Error(
     "export both from one model, with no step of training between",
     where="{name}",
     raised=BindError,
+)
+NOT_EQUAL = Error(
+    "CM311",
+    "{kind} is not what the model is:\n{report}",
+    "compile_modes.explain() says which flag each op follows; a program of compile_modes.export(model, args) is exact",
+    where="{where}",
+    raised=VerifyError,
+)
+OTHER_PARAMETERS = Error(
+    "CM312",
+    "the parameters of the two have other names",
+    "pass the model that the module was made from",
+    where="{names}",
+    raised=VerifyError,
+)
+ONE_MODULE = Error(
+    "CM313",
+    "the two are one {kind}, which nothing is compared by",
+    "pass what was made from the model first, and the model second",
+    raised=VerifyError,
+)
+CROSSED = Error(
+    "CM314",
+    "{ours!r} of the module is {theirs!r} of the model: one can't be put back without the other",
+    "pass the model that the module was made from, or a copy",
+    where="{ours}",
+    raised=VerifyError,
+)
+NOT_ITS_ARGUMENTS = Error(
+    "CM315",
+    "the model can't be called so: {error}",
+    "pass the arguments of a call: verify(ours, model, *args, kwargs={{...}})",
+    where="{kind}",
+    raised=VerifyError,
+)
+MODEL_FAILS = Error(
+    "CM316",
+    "the eager model itself fails in {mode} mode: {error}",
+    "pass arguments that it can be called with in both modes",
+    where="{kind}",
+    raised=VerifyError,
+)
+NOTHING_COMPARED = Error(
+    "CM317",
+    "nothing could be compared:\n{left_out}",
+    "as said there",
+    raised=VerifyError,
+)
+NO_MODES = Error(
+    "CM318",
+    "the module has no modes: {error}",
+    "bind() it first",
+    where="{kind}",
+    raised=VerifyError,
+)
+NOT_A_COUNT = Error(
+    "CM319",
+    "{argument} is {value!r}",
+    "pass a whole number, at least {least}",
+    where="{argument}",
+    raised=OptionError,
+)
+NOT_VERIFIED = Warn(
+    "CM320",
+    "the module could not be compared with the model: {error}",
+    "compile_modes.export(model, args, verify=False), which does not try; or verify() with other arguments",
+)
+EXPORT_NOT_EQUAL = Error(
+    "CM321",
+    "the exported module is not what the model is:\n{report}",
+    "export it with verify=False if those modes are not needed; or let the model decide by modes of its own",
+    where="{where}",
+    raised=VerifyError,
 )
