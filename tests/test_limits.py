@@ -227,6 +227,7 @@ PROVOKED = {
     (23, "CM132"): lambda: compiled(Linear(Called(branch)), overrides={"then": "eval"}),
     (24, "CM142"): broken,
     (24, "CM133"): lambda: compiled(recurrent(), training=False),
+    (24, "CM137"): lambda: compiled(norm(momentum=None), training=False),
     (25, "CM109"): lambda: compiled(Linear(nn.Dropout(0.5)), overrides={"linear": "eval"}),
     (26, "CM134"): lambda: passed(norm().eval()),
     (27, "CM416"): lambda: recompiled({"recompile_limit": 2}),

@@ -1,6 +1,7 @@
 """Dynamo's side of a compilation in progress: the frame, its guards, where graph inputs come from."""
 
 import functools
+import inspect
 import sys
 import types
 import weakref
@@ -196,6 +197,11 @@ def traces_rnns() -> bool:
     return bool(torch._dynamo.config.allow_rnn)
 
 
+def traces_numbers() -> bool:
+    """Whether Dynamo compiles functions that take a number out of a tensor. By default a graph ends there."""
+    return bool(torch._dynamo.config.capture_scalar_outputs)
+
+
 def compiled_root() -> nn.Module | None:
     """The module that the running call of a compiled module belongs to, as its user knows it; None outside one.
 
@@ -228,14 +234,27 @@ def at_compilations(callback: Callable[[Any], None]) -> None:
 
 
 def options_for(backend: Callable[..., Any]) -> dict[str, Any] | None:
-    """The options of the running call of what ``torch.compile(module, backend=...)`` returned; None for others."""
-    called = _compiled_call()
-    if not isinstance(called, torch._dynamo.OptimizedModule):
-        return None  # compiled in place: Dynamo keeps the backend out of sight
-    compiler: Any = called.dynamo_ctx.callback
-    while hasattr(compiler, "_torchdynamo_orig_backend"):
-        compiler = compiler._torchdynamo_orig_backend
-    return compiler.kwargs.get("options") if getattr(compiler, "compiler_fn", None) is backend else None
+    """The options of the running call of a module that is compiled by ``backend``; None for others."""
+    for compiler in _callbacks(_compiled_call()):
+        while hasattr(compiler, "_torchdynamo_orig_backend"):
+            compiler = compiler._torchdynamo_orig_backend
+        if getattr(compiler, "compiler_fn", None) is backend:
+            options: dict[str, Any] | None = compiler.kwargs.get("options")
+            return options
+    return None
+
+
+def _callbacks(called: nn.Module | None) -> list[Any]:
+    """What Dynamo calls to compile a module, as far as it can be found."""
+    if isinstance(called, torch._dynamo.OptimizedModule):
+        return [called.dynamo_ctx.callback]
+    call: Any = called._compiled_call_impl if called is not None else None
+    compiled = inspect.unwrap(call, stop=_is_dynamos) if call is not None else None
+    return [cell.cell_contents for cell in getattr(compiled, "__closure__", None) or ()]
+
+
+def _is_dynamos(function: Any) -> bool:
+    return hasattr(function, "_torchdynamo_orig_callable")
 
 
 def after_calls(key: Any, check: Callable[[nn.Module], bool]) -> None:

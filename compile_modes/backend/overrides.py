@@ -9,6 +9,7 @@ from compile_modes import logs, messages
 from compile_modes._compat import frames
 from compile_modes.backend.owners import Names
 from compile_modes.errors import OverrideError
+from compile_modes.graph.cumulative import is_cumulative
 from compile_modes.graph.finding import sites
 from compile_modes.graph.folding import unfold_literals
 from compile_modes.graph.ops import LOST_DROPOUT
@@ -96,7 +97,7 @@ def decide(found: Sequence[Site], names: Names, asked: Asked, refusal: Refusal) 
     """
     training, overrides = asked.training, asked.overrides
     supply_dropout(found, asked.dropout_p, names)
-    check_recurrent(names, training, overrides)
+    check_eager({**names.everything, **names.modules}, training, overrides)
     if asked.whole:
         overrides = check_patterns(overrides, found, names)
     else:
@@ -212,14 +213,19 @@ def _switched(names: Names) -> set[str]:
     return {join(name, site.owner) if site.owner else name for name, site in found if site.op.family == "switch"}
 
 
-def check_recurrent(names: Names, training: bool | None, overrides: Mapping[str, str]) -> None:
-    """Raises OverrideError for recurrent modules that Dynamo leaves to eager mode, where only their flag counts."""
-    if frames.traces_rnns():
-        return
-    for name, module in {**names.everything, **names.modules}.items():
-        drops = isinstance(module, nn.RNNBase) and module.dropout and module.num_layers > 1
-        if drops and wanted(name, training, overrides) not in (None, module.training):
+def check_eager(modules: Mapping[str, nn.Module], training: bool | None, overrides: Mapping[str, str]) -> None:
+    """Raises OverrideError for modules that Dynamo leaves to eager mode, where only their flag counts.
+
+    These are recurrent ones, and batch norms in train whose average is cumulative: they take a number out of a tensor.
+    """
+    for name, module in modules.items():
+        mode = wanted(name, training, overrides)
+        if mode in (None, module.training):
+            continue
+        if isinstance(module, nn.RNNBase) and module.dropout and module.num_layers > 1 and not frames.traces_rnns():
             raise messages.EAGER_RNN.error(kind=type(module).__name__, owner=name)
+        if module.training and is_cumulative(module) and not frames.traces_numbers():
+            raise messages.EAGER_AVERAGE.error(kind=type(module).__name__, owner=name)
 
 
 def refused(stuck: Sequence[tuple[Site, str]]) -> OverrideError:

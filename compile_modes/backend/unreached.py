@@ -12,7 +12,7 @@ from torch import nn
 
 from compile_modes import _compat, messages
 from compile_modes._compat import frames
-from compile_modes.backend.overrides import check_names, wanted
+from compile_modes.backend.overrides import check_eager, check_names, wanted
 from compile_modes.errors import OptionError
 from compile_modes.graph.requests import check_overrides
 
@@ -63,13 +63,20 @@ def _watch(training: bool | None, overrides: Mapping[str, str]) -> _Known | None
 
 
 def watch_for(backend: Any) -> None:
-    """As :func:`watch`, if it is ``backend`` that the module is compiled by; Dynamo may find no graph to give it."""
+    """As :func:`watch`, if it is ``backend`` that the module is compiled by; Dynamo may find no graph to give it.
+
+    Raises:
+        OverrideError: options ask for something else than the flag of a module that Dynamo will leave to eager mode.
+    """
     options = frames.options_for(backend) or {}
     training = options.get("training")
     try:
         overrides = check_overrides(training, options.get("overrides"))
     except OptionError:
         return  # the backend raises it, to which Dynamo gives a better frame
+    root = frames.compiled_root()
+    if root is not None:
+        check_eager(dict(root.named_modules()), training, overrides)
     if (training is not None or overrides) and (known := _watch(training, overrides)) is not None:
         known.parted, known.started = known.parted or known.started, True
 

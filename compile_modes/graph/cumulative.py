@@ -76,7 +76,7 @@ def exportable(model: nn.Module) -> Iterator[nn.Module]:
     Returns:
         A context manager that gives ``model``.
     """
-    replaced = [module for module in model.modules() if _is_cumulative(module)]
+    replaced = [module for module in model.modules() if is_cumulative(module)]
     try:
         for module in replaced:
             # On the instance: the class, and with it nn_module_stack and other models, stays as it is.
@@ -87,7 +87,7 @@ def exportable(model: nn.Module) -> Iterator[nn.Module]:
             module.__dict__.pop("forward", None)
 
 
-def _is_cumulative(module: nn.Module) -> bool:
+def is_cumulative(module: nn.Module) -> bool:
     """Whether a module is a batch norm whose forward is torch's own and takes a cumulative average in train."""
     if not isinstance(module, _compat.BATCH_NORM) or "forward" in module.__dict__:
         return False

@@ -139,6 +139,13 @@ OVERRIDES_REFUSED = Error(
     "leave these sites out, or pass allow_stuck=True to leave them as they are",
     raised=OverrideError,
 )
+EAGER_AVERAGE = Error(
+    "CM137",
+    "Dynamo leaves {kind} modules with momentum=None to eager mode while they train, where options can't reach",
+    "set the flag, by train() or eval(); or compile and call the model within compile_modes.exportable(model)",
+    where="owner {owner!r}",
+    raised=OverrideError,
+)
 OVERRIDES_STUCK = Warn(
     "CM140",
     "overrides name sites that can't be put into that mode:\n{sites}",

@@ -8,6 +8,8 @@ from torch import nn
 
 import compile_modes as cm
 from backend.overridden import SEQUENCE, STEPS, VECTOR, Behind, Branching, Projected
+from compile_modes._compat import frames
+from compile_modes.backend.entry import _at_compilation
 from graphs import graphs_compiled
 from nets import IMAGE, Attention, ConvNet, DropPath, Recurrent
 from oracle import same_outputs, same_state
@@ -93,6 +95,65 @@ class TestRecurrent:
         module[0].register_forward_pre_hook(lambda module, args: torch._dynamo.graph_break())
         with pytest.raises(cm.OverrideError, match=r"owner '1.(gru|lstm)'"):
             compile_(module, **options)(STEPS)
+
+    @pytest.mark.parametrize("in_place", [False, True])
+    def test_is_said_where_nothing_is_compiled(self, at_start, in_place):
+        module = nn.LSTM(4, 4, 2, dropout=0.5)
+        with pytest.raises(cm.OverrideError, match=r"^CM133: .*LSTM"):
+            called(module, in_place, training=False)(SEQUENCE[..., :4])
+
+
+@pytest.fixture
+def at_start():
+    """Lets the backend hear of compilations before it is called, as in a process that has not reset Dynamo."""
+    frames.at_compilations(_at_compilation)
+
+
+def called(module, in_place, **options):
+    """What to call of a module that is compiled, in place or not."""
+    if not in_place:
+        return compile_(module, **options)
+    module.compile(backend="pt2e_modes", options=options)
+    return module
+
+
+class TestCumulative:
+    """Batch norms with ``momentum=None``, for which Dynamo leaves a train call to eager mode."""
+
+    @pytest.mark.parametrize("in_place", [False, True])
+    @pytest.mark.parametrize("options", [{"training": False}, {"overrides": {"*": "eval"}}], ids=["all", "owner"])
+    @pytest.mark.parametrize("alone", [False, True])
+    def test_is_refused_before_anything_is_written(self, at_start, alone, options, in_place):
+        norm = nn.BatchNorm1d(4, momentum=None)
+        module = norm if alone else nn.Sequential(nn.Linear(4, 4), norm)
+        before = copy.deepcopy(module)
+        with pytest.raises(cm.OverrideError, match=r"^CM137: .*BatchNorm1d") as caught:
+            called(module, in_place, **options)(VECTOR)
+        assert caught.value.where == f"owner {'' if alone else '1'!r}"
+        same_state(before, module, 0.0)
+
+    def test_is_refused_after_a_reset_where_another_part_is_compiled(self):
+        module = Broken()
+        module.body[1] = nn.BatchNorm1d(4, momentum=None)
+        before = copy.deepcopy(module)
+        with pytest.raises(cm.OverrideError, match=r"^CM137: .*\n  where: owner 'body.1'"):
+            compile_(module, overrides={"body.1": "eval", "*": "train"})(VECTOR)
+        same_state(before, module, 0.0)
+
+    def test_what_the_flags_say_is_no_request(self, at_start):
+        module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, momentum=None))
+        reference = copy.deepcopy(module)
+        for mode in (True, False):
+            compiled = compile_(module.train(mode), training=mode)
+            same_outputs(reference.train(mode), compiled, VECTOR)
+            same_state(reference, module, 0.0)
+
+    def test_within_exportable_it_is_reached(self, at_start):
+        module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, momentum=None))
+        reference = copy.deepcopy(module).eval()
+        with cm.exportable(module):
+            same_outputs(reference, compile_(module, training=False), VECTOR)
+        same_state(reference, module, 0.0)
 
 
 class Breaks(nn.Module):
