@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._export.passes import replace_set_grad_with_hop_pass as grad_pass
 from torch.fx.experimental import proxy_tensor
 from torch.overrides import TorchFunctionMode
@@ -155,3 +155,12 @@ def _exit_as_grad_mode(original: _Call) -> _Call:
         return None
 
     return __exit__
+
+
+def is_taken(name: str) -> bool:
+    """Whether no parameter, buffer or child of ``ep.module()`` can have a name: it is an attribute of it already.
+
+    ``ep.module()`` raises then, ``KeyError`` for tensors and ``RuntimeError`` for what is within a child (2.14.1).
+    """
+    made = fx.GraphModule(nn.Module(), fx.Graph())
+    return hasattr(made, name) or name in ("range_constraints", "validate_inputs")

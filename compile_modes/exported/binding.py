@@ -151,6 +151,9 @@ def _ensure_module(root: nn.Module, path: str) -> nn.Module:
     module = root
     for name in path.split(".") if path else ():
         if name not in module._modules:
+            if hasattr(module, name):
+                kind = type(getattr(module, name)).__name__
+                raise messages.NAME_TAKEN.error(kind=kind, owner=path, name=name)
             child = nn.Module()
             child.training = module.training
             module.add_module(name, child)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from compile_modes import _compat, messages
+from compile_modes._compat.exporting import is_taken
 from compile_modes.errors import ExportError
 from compile_modes.exported.assembling import Explorer, assemble, say_guessed
 from compile_modes.exported.assigned import keeping_assignments
@@ -60,7 +61,9 @@ def export(
 
     Raises:
         ExportError: one of the exports fails (its cause is the exception's ``__cause__``), or has lost a change of grad
-            mode; or the model's ``train()`` changes its weights, or it assigns a buffer what that can't hold.
+            mode; or a name in the model is one that torch's modules have taken; or the model's ``train()`` changes its
+            weights, or it assigns a buffer what that can't hold.
+        BindError: the same of a submodule without parameters and buffers that has a mode.
         VerifyError: the result, run beside the model, does something else.
 
     Warns:
@@ -69,6 +72,7 @@ def export(
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, nn.Module) or isinstance(model, torch.fx.GraphModule):
         raise messages.NOT_EAGER.error(kind=type(model).__name__)
+    _check_names(model)
     modes, before = flags(model), _digest(model)
     programs = {}
 
@@ -96,6 +100,15 @@ def export(
         say_guessed(module)
     verify_export(module, model, args, kwargs or {}, asked=verify, vectors=8 if probe else 0)
     return module
+
+
+def _check_names(model: nn.Module) -> None:
+    """Raises ExportError for state at the root that no exported module can hold under its name."""
+    children = {name: m for name, m in model._modules.items() if m is not None and {*m.parameters(), *m.buffers()}}
+    for kind, named in (("buffer", model._buffers), ("parameter", model._parameters), ("submodule", children)):
+        for name in named:
+            if is_taken(name):
+                raise messages.NAME_OF_TORCH.error(kind=kind, name=name)
 
 
 def _digest(model: nn.Module) -> list[str]:

@@ -142,3 +142,10 @@ EXPORT_NOT_EQUAL = Error(
     where="{where}",
     raised=VerifyError,
 )
+NAME_OF_TORCH = Error(
+    "CM322",
+    "torch.export can't keep the {kind} {name!r} of the model: modules that it makes have an attribute of that name",
+    "rename it, or export the model within another one: names in submodules are free",
+    where="{kind} {name!r}",
+    raised=ExportError,
+)

@@ -300,3 +300,41 @@ def test_modules_of_two_programs_export_again(mode):
     reference, module = both(Auxiliary, IMAGE)
     again = torch.export.export(module.train(mode), (IMAGE,)).module()
     same_outputs(reference.train(mode), again, IMAGE)
+
+
+class Named(nn.Module):
+    """Has a buffer, a parameter or a child of a name, beside a dropout."""
+
+    def __init__(self, kind, name):
+        super().__init__()
+        self.name, self.fc, self.drop = name, nn.Linear(4, 4), nn.Dropout(0.5)
+        if kind == "submodule":
+            self.add_module(name, nn.Linear(4, 4))
+        elif kind == "parameter":
+            self.register_parameter(name, nn.Parameter(torch.ones(4)))
+        else:
+            self.register_buffer(name, torch.ones(4))
+
+    def forward(self, x):
+        named = getattr(self, self.name)
+        return self.drop(named(self.fc(x)) if isinstance(named, nn.Module) else named * self.fc(x))
+
+
+@pytest.mark.parametrize("kind", ["buffer", "parameter", "submodule"])
+@pytest.mark.parametrize("name", ["code", "graph", "meta", "shape_env", "recompile"])
+def test_names_that_torch_has_taken_are_refused_by_name(kind, name):
+    model = Named(kind, name)
+    with pytest.raises((KeyError, RuntimeError)):  # torch: what is wrong here is its own
+        torch.export.export(model, (VECTORS,)).module()(VECTORS)
+    with pytest.raises(cm.ExportError, match=rf"^CM322: .* the {kind} '{name}' of the model"):
+        cm.export(model, (VECTORS,))
+    outer = nn.Sequential(model)  # where all names are free
+    agrees(copy.deepcopy(outer), cm.export(outer, (VECTORS,)), inputs=[VECTORS], flips=1, tolerance=0.0)
+
+
+def test_so_is_a_module_with_a_mode_of_such_a_name():
+    model = Named("parameter", "scale")
+    model.meta, model.drop = nn.Dropout(0.5), nn.Identity()
+    model.register_forward_hook(lambda module, args, output: module.meta(output))
+    with pytest.raises(cm.BindError, match=r"^CM204: .*\n  where: owner 'meta', attribute 'meta'"):
+        cm.export(model, (VECTORS,))
