@@ -1,5 +1,6 @@
 """The proof: each fault that is put into a module is found and named, equal ones pass, and nothing is left behind."""
 
+import contextlib
 import copy
 import io
 import random
@@ -10,10 +11,12 @@ from torch import nn
 from torch._inductor import config as inductor_config
 
 import compile_modes as cm
+from compile_modes.exported import exporting, pairing
 from compile_modes.graph.dual import DualModule
 from exported.python_decides import LayerDrop
 from exported.random_writers import X as WRITERS_X
 from exported.random_writers import build as random_writer
+from exported.test_effects import Book
 from graphs import graphs_compiled
 from nets import TOKENS
 from oracle import seeded
@@ -209,7 +212,8 @@ class TestFaults:
 
     def test_a_write_in_eval_alone(self):
         model = Net()
-        module = bound(model)  # of one export: it writes in both
+        program = torch.export.export(copy.deepcopy(model), (X,))
+        module = cm.bind(program, keep=["seen"])  # wrongly: it is written in both modes now
         report = report_of(module, model)
         assert report.first.where == "buffer 'seen', call 1 of eval"
 
@@ -347,16 +351,6 @@ class TestNothingIsLeft:
             handle.remove()
 
     def test_of_assigned_buffers(self):
-        class Assigning(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.register_buffer("mean", torch.zeros(4))
-
-            def forward(self, x):
-                if self.training:
-                    self.mean = self.mean * 0.9 + x.mean(0)
-                return x - self.mean
-
         model = nn.Sequential(Assigning())
         module = cm.export(model, (X,))
         before = self.state(model, module)
@@ -478,3 +472,60 @@ class TestExport:
             "drop"
         }
         assert torch.equal(seeded(module, X)["y"], seeded(model, X)["y"])
+
+
+class Assigning(nn.Module):
+    """A buffer that is assigned, in a child."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x):
+        if self.training:
+            self.mean = self.mean * 0.9 + x.mean(0)
+        return x - self.mean
+
+
+class WithinAutocast(nn.Module):
+    """A no_grad() that torch.export loses."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = self.one(x)
+            with torch.no_grad():
+                z = self.two(x)
+        return y + z
+
+
+def stock(model, export):
+    return export()
+
+
+MUTATIONS = {
+    "assigned buffers": (Assigning, "keeping_assignments", stock, "buffer '0.mean'"),
+    "grad modes": (WithinAutocast, "faithful", contextlib.nullcontext, "gradient '0.two.weight'"),
+}
+
+
+@pytest.mark.parametrize("fault", MUTATIONS)
+def test_what_torch_export_loses_is_found_where_it_is_not_kept(fault, monkeypatch):
+    build, name, without, where = MUTATIONS[fault]
+    assert cm.export(nn.Sequential(build()), (X,), verify=True) is not None
+    monkeypatch.setattr(exporting, name, without)
+    with pytest.raises(cm.VerifyError, match=r"^CM321") as caught:
+        cm.export(nn.Sequential(build()), (X,), verify=True)
+    assert f"{caught.value.report.first.what} {caught.value.report.first.name!r}" == where
+
+
+def test_writes_that_are_taken_for_nothing_are_found(monkeypatch):
+    model = nn.Sequential(Book("no_grad"), nn.Dropout(0.2))
+    assert cm.export(model, (X,), verify=True) is not None
+    monkeypatch.setattr(pairing, "has_effect", lambda module, node: node.is_impure())
+    with pytest.raises(cm.VerifyError, match=r"^CM321") as caught:
+        cm.export(model, (X,), verify=True)
+    assert caught.value.report.first.where == "buffer '0.book', call 1 of eval"
