@@ -233,7 +233,8 @@ def test_commands_as_processes(files, tmp_path):
     assert (status, out) == (1, "")
     assert "its p is lost" in err
     status, out, err = shell("explain", "no.pt2", cwd=tmp_path)
-    assert (status, out, err) == (2, "", "error: there is no such file\n  where: no.pt2\n")
+    said = "error: CM504: there is no such file\n  where: no.pt2\n  what to do: check the path\n"
+    assert (status, out, err) == (2, "", said)
     assert sorted(os.listdir(tmp_path)) == ["eval.pt2", "model.pt2"]
 
 
