@@ -10,7 +10,7 @@ from torch import fx, nn
 from compile_modes import _compat, messages
 from compile_modes.errors import ModeWarning
 from compile_modes.graph.aliases import reused
-from compile_modes.graph.explain import beside, overriding
+from compile_modes.graph.explain import overriding
 from compile_modes.graph.finding import find
 from compile_modes.graph.owners import is_batch_norm
 from compile_modes.graph.regions import regions, samplers
@@ -35,7 +35,6 @@ class Plan:
         overriding: classes of the model that override ``train()``, which a bound module does not call.
         gone: modules of which an eval export has nothing, except for those that ``keep`` names.
         unclear: random numbers that may or may not depend on mode.
-        written: buffers of a train program that are written, and may or may not be in eval.
         counting: sites that keep their literal, but whose counter follows their owner.
         supplied: probabilities that the export has lost and the caller knows.
     """
@@ -54,33 +53,15 @@ class Plan:
     inverted: set[Site] = field(default_factory=set)
     counting: list[Site] = field(default_factory=list)
     gone: list[str] = field(default_factory=list)
-    written: list[str] = field(default_factory=list)
 
 
 def plan_binding(
-    view: View,
-    keep: Sequence[str],
-    dropout_p: Mapping[str, float] | None = None,
-    gone: Sequence[str] = (),
-    *,
-    decomposed: bool = False,
+    view: View, keep: Sequence[str], dropout_p: Mapping[str, float] | None = None, gone: Sequence[str] = ()
 ) -> Plan:
-    """Decides what :func:`bind` does; raises what it raises.
-
-    Args:
-        view: the graphs.
-        keep, dropout_p: as for :func:`bind`.
-        gone: modules of which an eval export has nothing.
-        decomposed: whether the program is, so that whose statistics a write updates can't be told.
-    """
     keep = (keep,) if isinstance(keep, str) else keep
     found = find(view)
     drawn = _unclear(view)
-    # Of a batch norm without a site, whose result nobody reads, the counter is here.
-    written = [(path, view.owner[n]) for n, path in beside(view, found) if not decomposed and not is_batch_norm(n)]
-    kept = _kept(
-        found, keep, {*gone, *(view.owner[node] for node in drawn), *(name for names in written for name in names)}
-    )
+    kept = _kept(found, keep, {*gone, *(view.owner[node] for node in drawn)})
     was_inverted = {site for site in found if note(site.node).get("inverted") and not site.bound}
     modes, chosen, odd = _choose([site for site in found if site not in kept])
     supplied = _supplied(found, dropout_p)
@@ -104,7 +85,6 @@ def plan_binding(
         supplied,
         was_inverted & set(bindable),
         gone=[name for name in gone if not _matches_any(name, [*keep, *fused])],
-        written=_unasked(written, keep) if first and any(modes.values()) else [],
     )
 
 
@@ -119,12 +99,6 @@ def _kept(found: list[Site], keep: Sequence[str], other_owners: set[str]) -> set
             raise no_match(pattern, owners, "keep")
     kept = {site for site in found if _matches_any(site.owner, keep)}
     return {site for site in found if not site.bound and (site in kept or note(site.node).get("mode") == KEPT)}
-
-
-def _unasked(written: list[tuple[str, str]], keep: Sequence[str]) -> list[str]:
-    """The buffers that the caller has not said to be written in both modes, by their names or by their writers'."""
-    said = {path for path, owner in written if _matches_any(path, keep) or _matches_any(owner, keep)}
-    return sorted({path for path, _ in written} - said)
 
 
 def _matches_any(owner: str, patterns: Sequence[str]) -> bool:
@@ -205,7 +179,7 @@ def _check_names(root: nn.Module, owners: Iterable[str]) -> None:
 
 def complaints(plan: Plan) -> list[ModeWarning]:
     """What will not follow ``train()`` and ``eval()``, a warning for each reason."""
-    said = (_stuck(plan), _uncounted(plan), _reused(plan), _overriding(plan), _unsaid(plan), _writing(plan))
+    said = (_stuck(plan), _uncounted(plan), _reused(plan), _overriding(plan), _unsaid(plan))
     return [warning for warning in said if warning is not None]
 
 
@@ -220,12 +194,6 @@ def _unsaid(plan: Plan) -> ModeWarning | None:
         return None
     owners = sorted({repr(plan.view.owner[node]) for node in plan.unclear})
     return messages.RANDOM_IN_BOTH.warning(owners=", ".join(owners[:5]))
-
-
-def _writing(plan: Plan) -> ModeWarning | None:
-    if not plan.written:
-        return None
-    return messages.WRITTEN_IN_BOTH.warning(buffers=", ".join(map(repr, plan.written[:5])))
 
 
 def _stuck(plan: Plan) -> ModeWarning | None:
