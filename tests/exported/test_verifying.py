@@ -213,7 +213,7 @@ class TestFaults:
     def test_a_write_in_eval_alone(self):
         model = Net()
         program = torch.export.export(copy.deepcopy(model), (X,))
-        module = cm.bind(program, keep=["seen"])  # wrongly: it is written in both modes now
+        module = cm.bind(program)  # the buffer is written in both modes now, and nothing says so
         report = report_of(module, model)
         assert report.first.where == "buffer 'seen', call 1 of eval"
 
