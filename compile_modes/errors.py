@@ -37,6 +37,16 @@ class CompileModesError(ShortenTraceback):
         return type(self)(self.cause, where=where, remedy=self.remedy, code=self.code)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says; those of torch go on for pages."""
+    return str(error).strip().partition("\n")[0]
+
+
+def summary(error: BaseException) -> str:
+    """The type of an exception, and the first line of what it says."""
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
 def text_of(cause: str, where: str, remedy: str, code: str) -> str:
     """A message as it is shown; what is empty is left out."""
     lines = [f"{code}: {cause}" if code else cause]

@@ -26,7 +26,7 @@ from compile_modes._compat import pt2
 from compile_modes.archive.container import HEADER, FileLike, Reader, label, reading, writing
 from compile_modes.archive.loader import Loader
 from compile_modes.archive.storages import CONSTANTS, WEIGHTS, Pool
-from compile_modes.errors import ArchiveError
+from compile_modes.errors import ArchiveError, summary
 
 FORMAT = 1  # the newest version of HEADER that is understood; raised when an older reader would misread a file
 
@@ -132,11 +132,11 @@ def to_bytes(name: str, program: ExportedProgram) -> tuple[bytes, bytes]:
     try:
         written = pt2.program_to_bytes(program, *stand_ins)
     except Exception as error:  # torch raises whatever its serializer comes across
-        raise messages.NOT_SERIALIZED.error(error=_first_line(error), where=where) from error
+        raise messages.NOT_SERIALIZED.error(error=summary(error), where=where) from error
     try:
         pt2.program_from_bytes(written[0], *stand_ins, None)
     except Exception as error:  # likewise its deserializer
-        raise messages.NOT_READ_BACK.error(error=_first_line(error), where=where) from error
+        raise messages.NOT_READ_BACK.error(error=summary(error), where=where) from error
     return written
 
 
@@ -167,7 +167,7 @@ def _example_inputs(name: str, data: bytes) -> Any:
     try:
         return torch.load(io.BytesIO(data), weights_only=True)
     except Exception as error:  # a pickle can raise anything; the program works without them
-        messages.EXAMPLES_LEFT_OUT.warn(name=name, error=_first_line(error))
+        messages.EXAMPLES_LEFT_OUT.warn(name=name, error=summary(error))
         return None
 
 
@@ -178,7 +178,7 @@ def _not_loadable(name: str, graph: bytes, version: Any, where: str, error: Exce
         unknown = []
     if unknown:
         return messages.UNKNOWN_OPERATORS.error(name=name, operators=", ".join(unknown), file=where)
-    said = {"torch": torch.__version__, "writer": version, "error": _first_line(error)}
+    said = {"torch": torch.__version__, "writer": version, "error": summary(error)}
     return messages.NOT_LOADABLE.error(**said, name=name, file=where)
 
 
@@ -198,7 +198,3 @@ def _exists(target: str) -> bool:
     for part in target.split(".")[1:]:
         found = getattr(found, part, None)
     return found is not None
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from compile_modes import _compat, messages
 from compile_modes._compat import FakeTensor, frames, kept, tracing
 from compile_modes._compat.kept import Treatment
+from compile_modes.errors import summary
 from compile_modes.graph.finding import sites
 from compile_modes.graph.functional import HIDDEN
 
@@ -46,9 +47,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
     except _compat.CONTROL_FLOW:
         raise
     except Exception as error:  # whatever the ops of the user's model raise on being traced again
-        first_line = (str(error).splitlines() or [""])[0]
-        said = f"{type(error).__name__}: {first_line}"
-        raise messages.NOT_RETRACED.error(error=said, node=_failing_node(error)) from error
+        raise messages.NOT_RETRACED.error(error=summary(error), node=_failing_node(error)) from error
     captured.recompile()
     return captured
 

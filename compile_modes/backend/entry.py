@@ -17,7 +17,7 @@ from compile_modes.backend.options import Options
 from compile_modes.backend.overrides import Asked, put_into_modes
 from compile_modes.backend.owners import Names, name_owners
 from compile_modes.backend.unreached import watch, watch_for
-from compile_modes.errors import CaptureError
+from compile_modes.errors import CaptureError, summary
 from compile_modes.forms.lower import lower
 from compile_modes.forms.saved_reads import keyed
 from compile_modes.graph.finding import sites
@@ -118,9 +118,8 @@ def _compile_either(
         raise
     except Exception as error:  # Inductor's own; if the reason is not our stage, the second attempt raises it
         compiled = compile_fx(lower(gm, sites(gm)), example_inputs)
-        first_line = (str(error).splitlines() or [""])[0]
         logs.left_to_stock(f"{type(error).__name__}: {error}")
-        messages.INDUCTOR_FAILED.warn_once(error=f"{type(error).__name__}: {first_line}")
+        messages.INDUCTOR_FAILED.warn_once(error=summary(error))
         return compiled
 
 

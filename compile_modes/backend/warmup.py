@@ -15,7 +15,7 @@ from compile_modes import messages
 from compile_modes._compat.cache import is_compiled
 from compile_modes._compat.frames import graphs_compiled
 from compile_modes.console import progress as progress_bar
-from compile_modes.errors import CompileModesError
+from compile_modes.errors import CompileModesError, summary
 from compile_modes.graph.requests import MODES, check_overrides, owner_matches
 from compile_modes.graph.snapshot import Snapshot
 
@@ -189,9 +189,7 @@ def _run(module: nn.Module, step: _Step, args: Sequence[Any], kwargs: Mapping[st
     except CompileModesError:
         raise
     except Exception as error:  # whatever the user's model, its hooks or a compiler raises
-        first_line = (str(error).splitlines() or [""])[0]
-        said = f"{type(error).__name__}: {first_line}"
-        raise messages.CALL_FAILED.error(error=said, mode=step.title) from error
+        raise messages.CALL_FAILED.error(error=summary(error), mode=step.title) from error
 
 
 def _cut_off(value: Any) -> Any:

@@ -15,7 +15,7 @@ from compile_modes import messages
 from compile_modes._compat import pt2
 from compile_modes.archive import programs as archive
 from compile_modes.archive.container import Sink, replacing
-from compile_modes.errors import ExportedFile, ModeWarning
+from compile_modes.errors import ExportedFile, ModeWarning, first_line
 from compile_modes.exported.provenance import Source
 from compile_modes.exported.saving import load
 
@@ -114,4 +114,4 @@ def _save(program: ExportedProgram, stream: Any) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return textwrap.shorten(str(error).strip().partition("\n")[0], 500)  # torch may quote a node with all its meta
+    return textwrap.shorten(first_line(error), 500)  # torch may quote a node with all its meta

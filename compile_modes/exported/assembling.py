@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from compile_modes.exported.pairing import Pairing, pair
 from compile_modes.exported.planning import Plan, plan_binding
 from compile_modes.exported.provenance import Source, set_flags
 from compile_modes.exported.switching.deciders import Explored, Probe, chain, depth_vector, explore, fresh
-from compile_modes.exported.switching.switches import OneGraph, differing
+from compile_modes.exported.switching.switches import Merged, OneGraph, differing
 from compile_modes.exported.switching.traces import Unmatched, trace
 from compile_modes.graph.dual import DualModule, share
 from compile_modes.graph.edits import hoist_constants
@@ -138,35 +138,54 @@ def _switched(roots: tuple[fx.GraphModule, fx.GraphModule], graph: OneGraph) -> 
     train, evaluation = roots
     share(train, evaluation)
     merged = graph.emit()
-    view = View(train)
-    by_node = {site.node: site for site in find(view)}
-    for node in merged.kept_steps:  # counts in both modes: the model's own statement
-        if (step := by_node[node].step) is not None:
-            add_note(step, mode=KEPT)
-            by_node[node].step = None
-    bindable = [by_node[node] for node in (*merged.bound, *merged.inverted, *merged.switches)]
-    odd = [by_node[node] for node in merged.fixed]
-    odd += [site for site in by_node.values() if site.region is not None]
-    plan = _plan(view, bindable, odd, {by_node[node]: p for node, p in merged.inverted.items()})
-    plan.counting = [by_node[node] for node in merged.counting if by_node[node].step is not None]
-    carry_out(plan)
-    return train
+    return _carry_out(
+        train,
+        merged,
+        merged.switches,
+        counts_in_both=lambda site: site.node in merged.kept_steps,
+        counts_in_train=lambda site: site.node in merged.counting,
+    )
 
 
 def _single(root: nn.Module, found: Pairing) -> nn.Module:
     """Binds the train program as the pairing says."""
-    calls = [fold(region, body) for region, body in found.left_out]
+    return _carry_out(
+        root,
+        found,
+        [fold(region, body) for region, body in found.left_out],
+        counts_in_both=lambda site: site.step in found.kept_steps,
+        counts_in_train=lambda site: site.step in found.left_out_steps,
+    )
+
+
+def _carry_out(
+    root: nn.Module,
+    found: Pairing | Merged,
+    calls: Sequence[fx.Node],
+    *,
+    counts_in_both: Callable[[Site], bool],
+    counts_in_train: Callable[[Site], bool],
+) -> nn.Module:
+    """Binds a train program of which both exports are known.
+
+    Args:
+        root: the module of the program.
+        found: which sites follow their owner's flag, which its reverse, and which none.
+        calls: further nodes that follow it: folded regions and switches.
+        counts_in_both: whether the counter of a site steps in both modes.
+        counts_in_train: whether that of a site with a literal steps in train only.
+    """
     view = View(root)
     by_node = {site.node: site for site in find(view)}
     bindable = [by_node[node] for node in (*found.bound, *found.inverted, *calls)]
     for site in by_node.values():
-        if site.step in found.kept_steps:  # counts in both modes: the model's own statement
+        if site.step is not None and counts_in_both(site):  # the model's own statement
             add_note(site.step, mode=KEPT)
             site.step = None
     odd = [by_node[node] for node in found.fixed]
     odd += [site for site in by_node.values() if site.region is not None]  # a mask that eval has as well
     plan = _plan(view, bindable, odd, {by_node[node]: p for node, p in found.inverted.items()})
-    plan.counting = [site for site in odd if site.step in found.left_out_steps]
+    plan.counting = [site for site in odd if site.step is not None and counts_in_train(site)]
     carry_out(plan)
     return root
 

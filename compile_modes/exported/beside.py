@@ -12,7 +12,7 @@ from torch import nn
 
 from compile_modes import _compat, messages
 from compile_modes._compat.cache import is_compiled, raised_limits
-from compile_modes.errors import ModeWarning
+from compile_modes.errors import ModeWarning, first_line, summary
 from compile_modes.exported.comparing import Tolerance, VerifyReport, within
 from compile_modes.exported.observing import CALL, DREW, Key, State, generators, observe, plain
 from compile_modes.graph.snapshot import Snapshot
@@ -79,7 +79,7 @@ class _Pair:
         with torch.inference_mode(False), torch.enable_grad(), _eager(self.model):
             expected = self._calls(self.model, self.model, seeds)
         if (error := expected[-1][CALL]) is not None:
-            failed = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            failed = summary(error)
             if len(set(modes.values())) == 1:
                 mode = "train" if modes[""] else "eval"
                 raise messages.MODEL_FAILS.error(kind=type(self.model).__name__, mode=mode, error=failed) from error
@@ -132,8 +132,7 @@ def _check_modes(module: nn.Module) -> None:
         try:
             forbidden(module.training)
         except Exception as error:  # NotImplementedError, BindError
-            text = (str(error).splitlines() or [""])[0]
-            raise messages.NO_MODES.error(kind=type(module).__name__, error=text) from error
+            raise messages.NO_MODES.error(kind=type(module).__name__, error=first_line(error)) from error
 
 
 @contextlib.contextmanager

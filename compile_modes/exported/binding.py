@@ -62,7 +62,7 @@ def bind(exported: Any, *, keep: Sequence[str] = (), dropout_p: Mapping[str, flo
             raise messages.BOUND_ALREADY.error()
         return exported  # bound when it was made
     root, plan, remarks = bind_root(exported, keep, dropout_p)
-    lost = lost_grad_mode(View(root))
+    lost = lost_grad_mode(plan.view)
     for warning in [*planning.complaints(plan), *remarks, *([lost] if lost else [])]:
         messages.warn(warning)
     if isinstance(exported, torch.export.ExportedProgram):
@@ -92,7 +92,7 @@ def bind_root(
     except CompileModesError:
         recomposed.undo()
         raise
-    if own(root):
+    if own(view):
         plan = planning.plan_binding(View(root), keep, dropout_p, gone)
     carry_out(plan)
     take_names(root)

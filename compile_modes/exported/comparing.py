@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compile_modes.errors import summary
 from compile_modes.exported.observing import BACKWARD, CALL, DREW, Key
 
 # Of compiled code, relative to the largest value of a tensor, but at least to 1.
@@ -186,7 +187,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
     if isinstance(value, Exception):
-        return f"{type(value).__name__}: {(str(value).splitlines() or [''])[0]}"
+        return summary(value)
     return str(value)
 
 

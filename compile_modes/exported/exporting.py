@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 
 from compile_modes import _compat, messages
 from compile_modes._compat.exporting import is_taken
-from compile_modes.errors import ExportError
+from compile_modes.errors import ExportError, summary
 from compile_modes.exported.assembling import Explorer, assemble, say_guessed
 from compile_modes.exported.assigned import keeping_assignments
 from compile_modes.exported.faithful import faithful, settled
@@ -79,15 +79,12 @@ def export(
     def probed(vector: Vector) -> ExportedProgram:
         for name, submodule in model.named_modules():
             submodule.training = vector(name)
-        with exportable(model):
-            program: ExportedProgram = _export(model, vector(""), args, kwargs, dynamic_shapes)
-        return program
+        return _export(model, vector(""), args, kwargs, dynamic_shapes)
 
     try:
         for training in (False, True):
             model.train(training)
-            with exportable(model):
-                programs[training] = _export(model, training, args, kwargs, dynamic_shapes)
+            programs[training] = _export(model, training, args, kwargs, dynamic_shapes)
         if _digest(model) != before:
             raise messages.STATE_CHANGES.error(kind=type(model).__name__)
         explorer = Explorer(model, probed) if probe else None
@@ -122,11 +119,12 @@ def _digest(model: nn.Module) -> list[str]:
     return digests
 
 
-def _export(model: nn.Module, training: bool, args: Any, kwargs: Any, dynamic_shapes: Any) -> Any:
+def _export(model: nn.Module, training: bool, args: Any, kwargs: Any, dynamic_shapes: Any) -> ExportedProgram:
+    """The program of the modes that a model is in; ``training`` is the root's."""
     hooks = dict(_compat.BUFFER_HOOKS)
     try:
         kwargs = dict(kwargs) if kwargs is not None else None
-        with faithful():
+        with exportable(model), faithful():
             program = keeping_assignments(
                 model, lambda: torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
             )
@@ -135,7 +133,6 @@ def _export(model: nn.Module, training: bool, args: Any, kwargs: Any, dynamic_sh
     except Exception as error:  # whatever the model, or export on its account, raises
         for leaked in _compat.BUFFER_HOOKS.keys() - hooks.keys():
             del _compat.BUFFER_HOOKS[leaked]
-        first_line = (str(error).splitlines() or [""])[0]
-        said, mode = f"{type(error).__name__}: {first_line}", "train" if training else "eval"
-        raise messages.EXPORT_FAILED.error(mode=mode, error=said, kind=type(model).__name__) from error
+        mode = "train" if training else "eval"
+        raise messages.EXPORT_FAILED.error(mode=mode, error=summary(error), kind=type(model).__name__) from error
     return settled(program)

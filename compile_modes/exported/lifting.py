@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from compile_modes import _compat, messages
 from compile_modes._compat import pt2, tracing
+from compile_modes.errors import first_line
 from compile_modes.graph.cumulative import CUMULATIVE_BATCH_NORM, cumulative_batch_norm
 from compile_modes.graph.edits import OWNED, own
 from compile_modes.graph.ops import lookup
@@ -62,8 +63,7 @@ def relift(root: nn.Module, program: ExportedProgram, changed: Collection[fx.Nod
             verifiers=checks,
         )
     except pt2.SpecViolationError as error:
-        first_line = str(error).partition("\n")[0]
-        raise messages.NO_VALID_PROGRAM.error(error=first_line) from error
+        raise messages.NO_VALID_PROGRAM.error(error=first_line(error)) from error
     pt2.keep_guards(lifted, program)
     return lifted
 
@@ -221,7 +221,7 @@ def spelled_out(program: ExportedProgram) -> ExportedProgram:
     if not any(_calls(body) for body in View(program.graph_module).bodies):
         return program
     root = program.module()
-    own(root)
+    own(View(root))
     spell_out(root)
     return relift(root, program)
 

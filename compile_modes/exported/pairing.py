@@ -91,17 +91,12 @@ class _Walk:
         self.steps = {site.step for site in self.sites[0].values() if site.step is not None}
         self.tokens: tuple[Tokens, Tokens] = ({}, {})
         self.children = [_children(view) for view in self.views]
-        keys = [{_key(t) for t in _tensors(view)} for view in self.views]
+        keys = [{storage(t) for t in _tensors(view)} for view in self.views]
         self.shared = keys[0] & keys[1]
 
     def programs(self) -> None:
-        specs = [getattr(view.main.graph._codegen, "pytree_info", None) for view in self.views]
-        if specs[0] is not None and specs[1] is not None:
-            for what in ("in_spec", "out_spec"):
-                if getattr(specs[0], what) != getattr(specs[1], what):
-                    raise _Differ(
-                        "the structure of the outputs" if what == "out_spec" else "the structure of the inputs"
-                    )
+        if different := structure_that_differs(*(view.main.graph for view in self.views)):
+            raise _Differ(different)
         self.graphs(self.views[0].main, self.views[1].main)
 
     def graphs(self, train: Body, evaluation: Body) -> None:
@@ -146,7 +141,7 @@ class _Walk:
             return "graph"  # compared where it is called
         if not isinstance(value, torch.Tensor):
             return value
-        return _key(value) if _key(value) in self.shared else _Constant(value)
+        return storage(value) if storage(value) in self.shared else _Constant(value)
 
     def value(self, side: int, value: Any) -> Any:
         """An argument with tokens for nodes, comparable with ``==``."""
@@ -246,6 +241,15 @@ class _Walk:
             self.tokens[0][node] = self.tokens[0][operand]
 
 
+def structure_that_differs(first: fx.Graph, second: fx.Graph) -> str:
+    """What two programs take or return in another structure; empty if nothing."""
+    specs = [getattr(graph._codegen, "pytree_info", None) for graph in (first, second)]
+    for name, what in (("in_spec", "the structure of the inputs"), ("out_spec", "the structure of the outputs")):
+        if None not in specs and getattr(specs[0], name) != getattr(specs[1], name):
+            return what
+    return ""
+
+
 class _Constant:
     """A tensor that compares by value."""
 
@@ -274,7 +278,8 @@ def _tensors(view: View) -> list[torch.Tensor]:
     return [value for value in held if isinstance(value, torch.Tensor)]
 
 
-def _key(tensor: torch.Tensor) -> Any:
+def storage(tensor: torch.Tensor) -> Any:
+    """What tells a parameter or buffer from another one."""
     return tensor.data_ptr() or id(tensor), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 

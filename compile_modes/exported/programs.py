@@ -19,7 +19,6 @@ from compile_modes.exported.lifting import relift, spell_out, spelled_out
 from compile_modes.exported.planning import Plan
 from compile_modes.exported.provenance import Source, flags, set_flags
 from compile_modes.graph.dual import DualModule
-from compile_modes.graph.edits import own
 from compile_modes.graph.explain import overriding
 from compile_modes.graph.finding import find
 from compile_modes.graph.flags import mode_of
@@ -74,7 +73,6 @@ class Request:
             return spelled_out(self.program)
         attention = [site.node for site in changed if site.op.family == "attention"]
         root = self.view.root
-        own(root)
         write_back(self.view, {s: bool(mode) for s, mode in self.modes.items() if s.bound or s in changed})
         spell_out(root)
         return _in_dialect_of(self.program, relift(root, self.program, attention))

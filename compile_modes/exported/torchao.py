@@ -69,7 +69,7 @@ def _move(model: _M, training: bool) -> _M:
     if all(_is(site, training) for site in found):
         return model
     view = recompose(view).view
-    if own(root):
+    if own(view):
         view = View(root)
     plan = plan_binding(view, ())
     for site in plan.odd:  # what is at odds with its module now is at odds with it after the flip

@@ -12,6 +12,7 @@ from compile_modes.errors import VerifyError
 from compile_modes.exported.beside import compared
 from compile_modes.exported.comparing import Tolerance, VerifyReport
 from compile_modes.graph import calls
+from compile_modes.graph.cumulative import is_cumulative
 from compile_modes.graph.dual import DualModule
 from compile_modes.graph.view import View
 
@@ -69,7 +70,7 @@ def verify(
         OptionError: ``vectors`` or ``steps`` is no count.
     """
     model = getattr(model, "_orig_mod", model)
-    loose = any(is_compiled(m) for m in ours.modules()) or any(map(_cumulative, model.modules()))
+    loose = any(is_compiled(m) for m in ours.modules()) or any(map(is_cumulative, model.modules()))
     tolerance = Tolerance(atol, dtypes=loose)
     report = compared(ours, model, args, kwargs or {}, vectors=vectors, steps=steps, tolerance=tolerance)
     if raise_error and report.first is not None:
@@ -124,9 +125,4 @@ def _python_decides(module: nn.Module) -> bool:
     """Whether the two programs of an export differ in more than flags."""
     if isinstance(module, DualModule):
         return True
-    return any(node.target is calls.switch for body in View(module).bodies for node in body.graph.nodes)
-
-
-def _cumulative(module: nn.Module) -> bool:
-    """Whether exported programs compute a batch norm in another order: see ``graph/cumulative.py``."""
-    return isinstance(module, _compat.BATCH_NORM) and module.momentum is None
+    return any(node.target is calls.switch for node in View(module).nodes())

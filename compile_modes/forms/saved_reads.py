@@ -9,6 +9,7 @@ from torch._ops import OpOverload
 from torch.utils.checkpoint import CheckpointPolicy
 
 from compile_modes.graph import calls
+from compile_modes.graph.effects import written_operands
 from compile_modes.graph.sites import Site
 from compile_modes.graph.view import Body, View
 
@@ -34,7 +35,7 @@ def pin_reads(view: View, found: Iterable[Site]) -> list[fx.Node]:
     """
     sites = {site.node: site for site in found}
     operands = [s.read(name) for s in sites.values() if s.training for name in s.op.stats]
-    operands += [value for node in view.nodes() for value in _written(node)]
+    operands += [_viewed(value) for node in view.nodes() for value in written_operands(node)]
     written = {path for value in operands if isinstance(value, fx.Node) and (path := view.state[value])}
     pinned = [n for body in view.bodies for n in _reads(body, written) if n not in sites and not calls.is_counter(n)]
     for node in pinned:
@@ -68,16 +69,6 @@ def _reads(body: Body, written: set[str]) -> Iterator[fx.Node]:
             aliases.add(node)
         else:
             yield node
-
-
-def _written(node: fx.Node) -> list[Any]:
-    """The operands that a node writes to by its schema; that of batch norm does not say so."""
-    if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
-        return []
-    arguments = node.target._schema.arguments
-    named = dict(zip((a.name for a in arguments), node.args, strict=False)) | node.kwargs
-    written = [named.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
-    return [_viewed(value) for value in written]
 
 
 def _viewed(value: Any) -> Any:

@@ -10,6 +10,7 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from compile_modes._compat import value
+from compile_modes.graph.effects import written_operands
 from compile_modes.graph.ops import lookup
 from compile_modes.graph.sites import Site, note
 from compile_modes.graph.sizes import MEASURES
@@ -74,7 +75,7 @@ def _uses(body: Body, node: fx.Node) -> int:
         places = list(_passed_on(body, node, user))
         operands = pytree.tree_leaves((user.args, user.kwargs))
         count += sum(operand is node for operand in operands) - len(places)
-        count += sum(_uses(*place) for place in places) + _is_written(node, user)
+        count += sum(_uses(*place) for place in places) + any(value is node for value in written_operands(user))
     return count
 
 
@@ -106,13 +107,3 @@ def _passed_on(body: Body, node: fx.Node, user: fx.Node) -> Iterator[tuple[Body,
 def _metadata(node: fx.Node) -> Any:
     known = value(node)
     return (known.shape, known.dtype, known.device) if isinstance(known, torch.Tensor) else None
-
-
-def _is_written(node: fx.Node, user: fx.Node) -> bool:
-    if not isinstance(user.target, OpOverload):
-        return False
-    given = {
-        a.name: operand for a, operand in zip(user.target._schema.arguments, user.args, strict=False)
-    } | user.kwargs
-    written = [a.name for a in user.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    return any(given.get(name) is node for name in written)

@@ -22,14 +22,14 @@ _RELAYING = (
 )
 
 
-def own(root: nn.Module) -> bool:
-    """Gives ``root`` bodies of its own, ahead of an edit; returns whether any was replaced.
+def own(view: View) -> bool:
+    """Gives a module bodies of its own, ahead of an edit; returns whether any was replaced, so that the view is old.
 
     ``ep.module()`` and ``unflatten(ep)`` hand out the very body modules of the ExportedProgram, so an edit in place
     would reach the program and every other module made from it.
     """
     replaced: set[nn.Module] = set()
-    for body in View(root).bodies:
+    for body in view.bodies:
         if body.parent is None or body.caller is None:
             continue
         module = body.module
@@ -38,7 +38,7 @@ def own(root: nn.Module) -> bool:
         elif body.caller.op == "call_function" and isinstance(module, fx.GraphModule) and OWNED not in module.meta:
             copied = fx.GraphModule(module, copy.deepcopy(body.graph))
             copied.meta = {**module.meta, OWNED: True}
-            own(copied)
+            own(View(copied))
             holder, _, name = body.path.removeprefix(body.parent.path).lstrip(".").rpartition(".")
             setattr(attribute(body.parent.module, holder) if holder else body.parent.module, name, copied)
             replaced.add(module)

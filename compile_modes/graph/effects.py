@@ -4,7 +4,7 @@
 call does nothing, although its body may write a buffer. A call does here what its bodies do, at any depth.
 """
 
-from typing import Any
+from typing import Any, cast
 
 from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
@@ -42,6 +42,15 @@ def has_effect(module: Any, node: fx.Node) -> bool:
     if isinstance(node.target, HigherOrderOperator) and not graphs:
         return True
     return _mutable(node.target) or _compat.draws_random_numbers(node.target) or node.is_impure()
+
+
+def written_operands(node: fx.Node) -> list[Any]:
+    """The operands that a node writes to by its schema; that of batch norm does not say so."""
+    if not _mutable(node.target):
+        return []
+    arguments = cast(OpOverload, node.target)._schema.arguments
+    given = dict(zip((a.name for a in arguments), node.args, strict=False)) | node.kwargs
+    return [given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
 
 
 def _mutable(target: Any) -> bool:

@@ -11,6 +11,7 @@ from torch._ops import OpOverload
 from compile_modes import _compat, console, messages
 from compile_modes.graph.aliases import reused
 from compile_modes.graph.dual import DualModule
+from compile_modes.graph.effects import written_operands
 from compile_modes.graph.finding import find, graph_root
 from compile_modes.graph.flags import is_flag
 from compile_modes.graph.ops import lookup
@@ -183,14 +184,9 @@ def _remarks(view: View, found: list[Site]) -> list[str]:
 
 def _written(body: Body, node: fx.Node) -> list[str]:
     """The paths of the buffers that a node writes to."""
-    if not isinstance(node.target, OpOverload):
-        return []
-    arguments = node.target._schema.arguments
-    operands = [*node.args, *(None for _ in arguments[len(node.args) :])]
-    values = [node.kwargs.get(a.name, operand) for a, operand in zip(arguments, operands, strict=True)]
-    written = [v for a, v in zip(arguments, values, strict=True) if a.alias_info is not None and a.alias_info.is_write]
     state = body.view.state
-    return [path for value in written if isinstance(value, fx.Node) and (path := state[value]) is not None]
+    operands = [value for value in written_operands(node) if isinstance(value, fx.Node)]
+    return [path for value in operands if (path := state[value]) is not None]
 
 
 def graph_text(root: nn.Module) -> str:

@@ -15,9 +15,9 @@ import torch
 from torch import fx
 
 from compile_modes import _compat
+from compile_modes._compat import value
 from compile_modes.graph import calls, sizes
 from compile_modes.graph.ops import is_sampler, lookup
-from compile_modes.graph.sizes import value
 from compile_modes.graph.view import Body
 
 aten = torch.ops.aten

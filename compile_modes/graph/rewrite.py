@@ -54,8 +54,9 @@ def set_mode(graph_module: nn.Module, training: bool | None, *, overrides: Mappi
     """
     overrides = check_overrides(training, overrides)
     root = editable(graph_module)
-    wanted = assign(find(View(root)), training, overrides)
-    if own(root):
+    view = View(root)
+    wanted = assign(find(view), training, overrides)
+    if own(view):
         wanted = assign(find(View(root)), training, overrides)
     return apply(wanted)
 

@@ -16,14 +16,9 @@ SCALARS = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float)
 MEASURES = frozenset({aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default, aten.sym_storage_offset.default})
 
 
-def value(node: fx.Node) -> Any:
-    """What a node was traced with: a fake tensor or a number; None if that is not known."""
-    return node.meta.get("val", node.meta.get("example_value"))
-
-
 def is_scalar(node: fx.Node) -> bool:
     """Whether the value of a node is a number."""
-    return isinstance(value(node), SCALARS)
+    return isinstance(_compat.value(node), SCALARS)
 
 
 def late(body: Body, operands: Iterable[fx.Node], start: int, order: dict[fx.Node, int]) -> tuple[fx.Node, ...] | None:

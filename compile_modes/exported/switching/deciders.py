@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from compile_modes.exported.switching.switches import Program, decider_between, differing
 from compile_modes.exported.switching.traces import Op, Trace, Unmatched, Vector, depth_of, trace
 from compile_modes.graph.edits import own
+from compile_modes.graph.view import View
 
 Probe = Callable[[Vector], ExportedProgram]  # exports the model in given modes
 _MOST = 5  # exports to find who decides
@@ -101,7 +102,7 @@ def alternating(model: nn.Module, even: bool) -> Vector:
 def fresh(program: ExportedProgram) -> fx.GraphModule:
     """The module of a program, with bodies of its own."""
     root = program.module()
-    own(root)
+    own(View(root))
     assert isinstance(root, fx.GraphModule)
     return root
 

@@ -11,7 +11,8 @@ import torch
 from torch import fx, nn
 
 from compile_modes import _compat
-from compile_modes.exported.switching.traces import Context, Graph, Held, Input, Op, map_values, storage, values_of
+from compile_modes.exported.pairing import storage
+from compile_modes.exported.switching.traces import Context, Graph, Held, Input, Op, map_values, values_of
 from compile_modes.exported.switching.trees import Items, Switch, Tree, top
 from compile_modes.graph import calls
 from compile_modes.graph.edits import OWNED

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from compile_modes.exported.pairing import structure_that_differs
 from compile_modes.exported.switching.aligning import align
 from compile_modes.exported.switching.checking import all_ops, differs
 from compile_modes.exported.switching.emitting import emit, prune
@@ -61,7 +62,9 @@ class OneGraph:
         first = trace(programs[0].root, programs[0].vector)
         self.tree = Tree(list(first.ops), first.outputs)
         self.root = programs[-1].root
-        same_structure(programs)
+        for program in programs[:-1]:
+            if different := structure_that_differs(program.root.graph, programs[-1].root.graph):
+                raise Unmatched(different)
         self.follows_owners = True  # whether each op that differs is decided by the module that it is of
         for before, after in itertools.pairwise(programs):
             pieces = merge(
@@ -97,16 +100,6 @@ class OneGraph:
                 merged.counting.add(node)
         merged.switches = list(emitted.switches.values())
         return merged
-
-
-def same_structure(programs: Sequence[Program]) -> None:
-    """Raises Unmatched if programs take or return things in another structure."""
-    specs = [getattr(program.root.graph._codegen, "pytree_info", None) for program in programs]
-    for spec in specs[:-1]:
-        for name in ("in_spec", "out_spec"):
-            if getattr(spec, name, None) != getattr(specs[-1], name, None):
-                what = "outputs" if name == "out_spec" else "inputs"
-                raise Unmatched(f"the structure of the {what}")
 
 
 def decider_between(low: float, high: float, *, guess: bool = False) -> Decide:

@@ -13,6 +13,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from compile_modes import _compat
+from compile_modes.exported.pairing import storage
 from compile_modes.graph.finding import sites
 from compile_modes.graph.ops import ModeOp, lookup
 from compile_modes.graph.owners import canonical, module_path
@@ -199,11 +200,6 @@ def _with_mode(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return args
     names = list(row.arguments)[len(args) : row.index(name) + 1]
     return (*args, *(kwargs.pop(name, row.default(name)) for name in names))
-
-
-def storage(tensor: torch.Tensor) -> Any:
-    """What tells a parameter or buffer from another one."""
-    return tensor.data_ptr() or id(tensor), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 def _digest(value: torch.Tensor) -> Any:
