@@ -60,9 +60,10 @@ class Names:
                 names.modules[name] = submodule
                 names.aliases[_below(start, path)] = name
         for source in frames.guarded():
-            if source.endswith(".training"):
+            # Not what a cell reads on behalf of a graph, which the graph's sites say.
+            if source.endswith(".training") and CELL not in source:
                 owner = names.full(source.removesuffix(".training"))
-                if owner is not None and not owner.rpartition(".")[2].startswith(CELL):
+                if owner is not None:
                     names.read.add(owner)
         return names
 

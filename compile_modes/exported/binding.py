@@ -21,7 +21,7 @@ from compile_modes.graph.aliases import REUSED, reused
 from compile_modes.graph.dual import DualModule
 from compile_modes.graph.edits import attr_node, insert_dropout, insert_step, loosen_views, own, set_argument
 from compile_modes.graph.finding import graph_root
-from compile_modes.graph.flags import CELL
+from compile_modes.graph.flags import CELL, Cell
 from compile_modes.graph.owners import join
 from compile_modes.graph.rewrite import make_one_node
 from compile_modes.graph.sites import BOUND, HARD_CODED, KEPT, Site, add_note
@@ -227,20 +227,11 @@ def _flag(body: Body, owner: str) -> fx.Node:
 
 
 def _cell(body: Body, owner: str) -> str:
-    """For a body that cannot reach its owner: a stateless child of the owner, put into the body as well.
-
-    ``train()`` and ``eval()`` reach it through the owner; it adds no key to any ``state_dict``, and deepcopy keeps
-    the two places one object. A plain attribute would be lost there: GraphModule copies registered modules only.
-    """
+    """The attribute of a body that cannot reach its owner by which it reads the owner's mode."""
     module = body.view.root.get_submodule(owner)
-    if CELL not in module._modules:
-        module.add_module(CELL, nn.Module())
-    cell = module._modules[CELL]
-    assert cell is not None
-    cell.training = module.training
     for name, child in body.module._modules.items():
-        if child is cell:
+        if isinstance(child, Cell) and child.owner is module:
             return f"{name}.training"
     name = f"{CELL}_{sum(n.startswith(CELL) for n in body.module._modules)}"
-    body.module.add_module(name, cell)
+    body.module.add_module(name, Cell(module))
     return f"{name}.training"

@@ -7,7 +7,6 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from compile_modes.graph.dual import DualModule
-from compile_modes.graph.flags import CELL
 from compile_modes.graph.view import View
 
 _KEY = "compile_modes_source"
@@ -63,10 +62,6 @@ def set_flags(module: nn.Module, modes: Mapping[str, bool]) -> None:
     for name, mode in modes.items():
         if name in present:
             present[name].training = mode
-    for submodule in present.values():
-        cell = submodule._modules.get(CELL)
-        if cell is not None:
-            cell.training = submodule.training
 
 
 def _code(module: nn.Module) -> list[str]:

@@ -10,8 +10,35 @@ from compile_modes.graph.ops import ModeOp, lookup
 from compile_modes.graph.owners import module_class
 from compile_modes.graph.view import Body, attribute
 
-CELL = "_mode_cell"  # name of a module that holds a flag only, for graphs that can't reach its owner
+CELL = "_mode_cell"  # name of a module that reads another one's flag, for graphs that can't reach that one
 _SOFTMAX = (torch.ops.aten.softmax.int, torch.ops.aten._softmax.default)
+
+
+class Cell(nn.Module):
+    """Reads the flag of another module, for a graph that can't reach that one by an attribute path.
+
+    It holds no mode of its own, so that ``training`` may be set in any way. A body can't hold the module itself, whose
+    state would be in the ``state_dict`` a second time.
+    """
+
+    def __init__(self, owner: nn.Module) -> None:
+        self.__dict__["_owner"] = (owner,)  # no submodule
+        super().__init__()
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module whose mode it is."""
+        owner: nn.Module = self.__dict__["_owner"][0]
+        return owner
+
+    @property
+    def training(self) -> bool:
+        """The owner's mode."""
+        return self.owner.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        """Does nothing: ``train()`` of the body's root comes by here."""
 
 
 def mode_of(body: Body, node: fx.Node, row: ModeOp) -> tuple[bool | None, fx.Node | None]:
