@@ -36,16 +36,6 @@ NETS = {
 }
 
 
-def sampled(values: Any, every: int = 2) -> list[Any]:
-    """Parameters, of which the first of ``every`` so many is run by default; the others are slow, and CI runs them."""
-    found = []
-    for index, value in enumerate(values):
-        given = value if isinstance(value, type(pytest.param())) else pytest.param(value)
-        marks = [*given.marks, *([pytest.mark.slow] if index % every else [])]
-        found.append(pytest.param(*given.values, id=given.id, marks=marks))
-    return found
-
-
 def nets(*names: str) -> list[Any]:
     """Parameters ``build`` and ``x`` of a test: those of the table that are named, or all."""
     return [pytest.param(*NETS[name], id=name) for name in names or NETS]

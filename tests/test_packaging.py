@@ -3,6 +3,7 @@
 import configparser
 import importlib.metadata
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -71,13 +72,13 @@ def test_the_changelog_lists_this_version_unless_nothing_was_released_yet():
     assert released[:1] in ([], [cm.__version__])
 
 
-def test_version_of_the_command_line(capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["--version"])
-    assert end.value.code == 0
-    assert capsys.readouterr().out == VERSIONS
-    done = subprocess.run([sys.executable, "-m", "compile_modes", "--version"], capture_output=True, encoding="utf-8")
-    assert (done.returncode, done.stdout) == (0, VERSIONS)
+def test_version_of_the_command_line(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["compile-modes", "--version"])
+    for run in (main, lambda: runpy.run_module("compile_modes", run_name="__main__")):
+        with pytest.raises(SystemExit) as end:
+            run()
+        assert end.value.code == 0
+        assert capsys.readouterr().out == VERSIONS
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,7 @@ def test_a_parameter_in_state_decides_for_all_names_of_a_tied_weight(path):
         ({"lifted_tensor_0": torch.zeros(4)}, "no program has such a value"),
     ],
 )
+@pytest.mark.every(2)
 def test_state_that_does_not_fit_is_refused(path, state, message):
     with pytest.raises(cm.ArchiveError, match=message) as error:
         archive.write(path, zoo()[1], {}, state)

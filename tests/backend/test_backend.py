@@ -18,6 +18,7 @@ from setups import STARTS, compile_, nets
 @pytest.mark.usefixtures("no_inductor")
 class TestWithoutInductor:
     @pytest.mark.parametrize(("build", "x"), nets("conv", "activations", "norms", "regions", "attention", "unused"))
+    @pytest.mark.every(2)
     def test_eager_models(self, build, x):
         reference = build()
         module = copy.deepcopy(reference)
@@ -26,6 +27,7 @@ class TestWithoutInductor:
 
     @STARTS
     @pytest.mark.parametrize("nested", [False, True], ids=["alone", "nested"])
+    @pytest.mark.every(3)
     def test_bound_models(self, start, nested):
         child = ConvNet()
         reference = Parent(child) if nested else child
@@ -77,6 +79,7 @@ class TestWithoutInductor:
         ],
         ids=["train", "eval", "bn-eval", "bn-train", "mc-dropout", "mixed"],
     )
+    @pytest.mark.every(3)
     def test_explicit_modes(self, kind, flags, options, equivalent):
         reference = ConvNet()
         module = copy.deepcopy(reference)

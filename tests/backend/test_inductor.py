@@ -33,7 +33,8 @@ def make(model, kind, x):
     return cm.bind(torch.export.export(copy.deepcopy(model).train(kind == "bound-train"), (x,)))
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k == "bound-train" else pytest.mark.slow) for k in KINDS])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_trains_and_evaluates_as_eager(kind):
     reference = ConvNet()
     module = make(reference, kind, IMAGE)
@@ -49,9 +50,9 @@ def test_nested_in_a_compiled_parent(kind):
     check(reference, module, torch.compile(module, backend="pt2e_modes"), IMAGE)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["eager", "bound-train"])
-@pytest.mark.parametrize(("build", "x"), nets("activations", "norms", "regions", "attention", "unused"))
+@pytest.mark.parametrize("kind", ["bound-train", "eager"])
+@pytest.mark.parametrize(("build", "x"), nets("norms", "activations", "regions", "attention", "unused"))
+@pytest.mark.every(10)
 def test_other_sites(build, x, kind):
     reference = build()
     module = make(reference, kind, x)

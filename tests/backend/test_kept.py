@@ -108,6 +108,7 @@ ALIKE = ("func.grad", "jvp", "nonstrict_trace")
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] if k in ALIKE else []) for k in KEPT])
+@pytest.mark.every(2)
 def test_around_what_is_kept(kind):
     reference = Net(KEPT[kind])
     module = copy.deepcopy(reference)
@@ -131,6 +132,7 @@ KEPT_WITH_MODES = {
 
 
 @pytest.mark.parametrize("kind", KEPT_WITH_MODES)
+@pytest.mark.every(2)
 def test_modes_that_are_kept(kind):
     inner, owner = KEPT_WITH_MODES[kind]
     reference = Net(inner)

@@ -19,7 +19,6 @@ from compile_modes.backend import mode_pass as passes
 from graphs import graphs_compiled
 from nets import IMAGE, Activations, BrokenBetween, ConvNet, Parent, Regions, Small
 from oracle import same_steps
-from setups import sampled
 
 CASES = {
     "eval": (True, {"training": False}, lambda m: m.eval()),
@@ -51,8 +50,9 @@ def make(model, kind, x):
     return cm.bind(torch.export.export(copy.deepcopy(model), (x,))) if kind == "bound" else copy.deepcopy(model)
 
 
-@pytest.mark.parametrize("kind", sampled(["eager", "bound"]))
+@pytest.mark.parametrize("kind", ["eager", "bound"])
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.every(3)
 def test_forced_modes(case, kind):
     flags, options, equivalent = CASES[case]
     reference = ConvNet()

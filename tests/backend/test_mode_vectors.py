@@ -164,6 +164,7 @@ def test_backward_outlives_eviction(artefacts):
     same_gradients(reference, model, 1e-5)
 
 
+@pytest.mark.slow
 def test_a_frame_that_runs_an_evicted_entry_finishes(artefacts):
     class Recursive(Layers):
         def forward(self, x, again=True):

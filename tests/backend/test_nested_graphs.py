@@ -18,7 +18,7 @@ from backend.nested import CHECKPOINTS, Net, X, no_grad, selective
 from compile_modes import _compat
 from graphs import graphs_compiled
 from oracle import agrees, same_outputs, same_step, same_steps
-from setups import compile_, sampled
+from setups import compile_
 
 pytestmark = pytest.mark.usefixtures("no_inductor")
 
@@ -74,6 +74,7 @@ def make(kind):
 @pytest.mark.parametrize(
     "kind", [pytest.param(k, marks=[pytest.mark.slow] if k in MORE else []) for k in ALL if k != "cond"]
 )
+@pytest.mark.every(2)
 def test_flips_and_steps(kind):
     reference = make(kind)
     module = copy.deepcopy(reference)
@@ -90,8 +91,9 @@ def test_a_checkpoint_whose_body_writes_nothing_equals_eager():
     assert graphs_compiled() == 2
 
 
-@pytest.mark.parametrize("flags", sampled([True, False]), ids=["flags-train", "flags-eval"])
+@pytest.mark.parametrize("flags", [True, False], ids=["flags-train", "flags-eval"])
 @pytest.mark.parametrize(("kind", "parts"), PARTS)
+@pytest.mark.every(5)
 def test_modes_reach_into_bodies(kind, flags, parts):
     reference = make(kind).train(flags)
     module = copy.deepcopy(reference)
@@ -149,6 +151,7 @@ def _graphs(model: nn.Module, backend: str | None, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "selective", "nested"])
+@pytest.mark.every(2)
 def test_checkpoints_still_recompute(kind, monkeypatch):
     def tower(net, y):
         return net.out((net.fc(y.sin()).sigmoid() @ net.fc.weight).exp().sin())
@@ -205,6 +208,7 @@ def test_calls_of_one_region_have_modes_of_their_own():
 
 
 @pytest.mark.parametrize("kind", ["while_loop", "scan", "map"])
+@pytest.mark.every(2)
 def test_loops(kind):
     from torch._higher_order_ops import map as mapped
     from torch._higher_order_ops import scan, while_loop
@@ -226,6 +230,7 @@ def test_loops(kind):
             same_outputs(oracle, compile_(module, training=not flags), X, seeds=1, tolerance=1e-5)
 
 
+@pytest.mark.slow
 def test_flex_attention():
     def run(net, x):
         q = net.body(x)[None, None]
@@ -261,6 +266,7 @@ class Exported(nn.Module):
 
 
 @pytest.mark.parametrize("start", [True, False], ids=["train-export", "eval-export"])
+@pytest.mark.every(2)
 def test_regions_of_bound_programs(start):
     reference = Exported().train(start)
     bound = cm.bind(torch.export.export(copy.deepcopy(reference), (X,)))

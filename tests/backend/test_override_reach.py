@@ -21,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("no_inductor")
 class TestAttention:
     @pytest.mark.parametrize("weights", [False, True], ids=["sdpa", "weights"])
     @pytest.mark.parametrize("options", [{"training": True}, {"overrides": {"1": "train"}}], ids=["all", "1"])
+    @pytest.mark.every(3)
     def test_torchs_own_module_trains_with_its_dropout(self, options, weights):
         class Net(nn.ModuleList):
             def forward(self, x):
@@ -58,6 +59,7 @@ class TestAttention:
 
     @pytest.mark.parametrize("fused", [True, False])
     @pytest.mark.parametrize("start", [True, False])
+    @pytest.mark.every(3)
     def test_of_a_bound_module(self, start, fused):
         reference = Projected(0.3, fused)
         dropout_p = None if start else {"": 0.3}
@@ -77,6 +79,7 @@ class TestAttention:
 
 class TestRecurrent:
     @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.every(2)
     def test_dropout_between_layers(self, training):
         reference = Recurrent().train(not training)
         compiled = compile_(copy.deepcopy(reference), training=training)

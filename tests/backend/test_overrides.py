@@ -86,6 +86,7 @@ class TestNames:
 
     @pytest.mark.parametrize("pattern", ["child.block1.*", "child.drop", "child.*.bn", "stem.*", "child"])
     @pytest.mark.parametrize("kind", ["eager", "bound"])
+    @pytest.mark.every(3)
     def test_of_a_nested_module(self, kind, pattern):
         reference = Parent(ConvNet())
         module = copy.deepcopy(reference)
@@ -113,6 +114,7 @@ class TestNames:
 
     @pytest.mark.parametrize("pattern", ["b.*", "a.drop"])
     @pytest.mark.parametrize("kind", ["modules", "list", "dict", "alias"])
+    @pytest.mark.every(3)
     def test_of_modules_that_are_reached_by_another_name(self, kind, pattern):
         class Net(nn.Module):
             def __init__(self):
@@ -216,6 +218,7 @@ class TestNames:
 
     @pytest.mark.parametrize("pattern", ["layers.0.*", "layers.1.*", "layers.2.drop"])
     @pytest.mark.parametrize("flags", [True, False])
+    @pytest.mark.every(4)
     def test_of_modules_of_one_type_that_dynamo_compiles_by_themselves(self, flags, pattern):
         class Stack(nn.Module):
             def __init__(self):

@@ -21,7 +21,6 @@ from compile_modes import _compat
 from graphs import graphs_compiled
 from nets import IMAGE, ConvNet, Parent
 from oracle import same_state
-from setups import sampled
 
 
 class Compiled:
@@ -127,7 +126,8 @@ def train_and_evaluate(call, steps=2):
     return [o.detach() for o in outputs]
 
 
-@pytest.mark.parametrize("kind", sampled(["wrapped", "in place", "forward", "nested", "bound"], 3))
+@pytest.mark.parametrize("kind", ["wrapped", "in place", "forward", "nested", "bound"])
+@pytest.mark.every(3)
 def test_training_compiles_nothing_more_and_is_the_same(kind, compiled):
     torch.manual_seed(1)
     cold = make(kind)
@@ -155,6 +155,7 @@ def fail_in_train(module, inputs, output):
 
 
 @pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.every(2)
 def test_everything_is_as_before(fails, no_inductor):
     model = Stateful()
     model.net.block1.eval()
@@ -239,6 +240,7 @@ def test_the_callers_graph_stays_usable_and_views_stay_views(compiled):
     assert leaf.grad.abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_dataclasses_are_looked_into(compiled):
     import dataclasses
 
@@ -264,6 +266,7 @@ def one_process(tmp_path):
 
 @pytest.mark.skipif(not dist.is_available(), reason="this build of torch has no torch.distributed")
 @pytest.mark.parametrize("kind", ["ddp", "compiled ddp", "fully_shard"])
+@pytest.mark.every(2)
 def test_distributed_wrappers(kind, compiled, one_process):
     from torch.distributed.fsdp import fully_shard
 

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::compile_modes.ModeWarning")
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.every(2)
 def test_bake_of_two_programs(run, mode, tmp_path):
     output = str(tmp_path / "baked.pt2")
     assert run("bake", "two.pt2", "--mode", mode, "-o", output)[0] == 0

@@ -34,6 +34,7 @@ def test_dynamic_with_changing_batch_sizes(kind):
 
 @no_inductor
 @KINDS
+@pytest.mark.slow
 def test_bf16_autocast_around_the_call(kind):
     reference, module = make(kind)
 
@@ -52,6 +53,7 @@ def test_bf16_autocast_around_the_call(kind):
 
 @no_inductor
 @KINDS
+@pytest.mark.slow
 def test_channels_last(kind):
     reference, module = make(kind)
     for m in (reference, module):

@@ -12,7 +12,6 @@ import compile_modes as cm
 from compile_modes.exported.provenance import Source
 from compile_modes.graph.dual import DualModule
 from oracle import agrees, same_outputs, text
-from setups import sampled
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(3))
 IMAGES = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(3))
@@ -154,7 +153,8 @@ def parts_in_eval(module, *names):
 
 
 @pytest.mark.parametrize("two", [False, True], ids=["one-graph", "two-programs"])
-@pytest.mark.parametrize("body", sampled([*REUSING, *CLEAR]))
+@pytest.mark.parametrize("body", [*REUSING, *CLEAR])
+@pytest.mark.every(5)
 def test_exports_equal_eager_whoever_is_awake(body, two):
     model = Model(body, nn.Dropout(0.5), two)
     module = cm.export(model, (X,))
@@ -171,6 +171,7 @@ def test_exports_equal_eager_whoever_is_awake(body, two):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("body", [again, in_a_list, in_a_region])
+@pytest.mark.every(3)
 def test_dropouts_of_all_kinds_are_kept_apart(kind, body):
     model = Model(body, kind(0.5), two=True)
     module = cm.export(model, (IMAGES,))

@@ -238,6 +238,7 @@ CALLS = [
 
 @pytest.mark.parametrize("make", [bind, exported, copied])
 @pytest.mark.parametrize("way", ["compiled", "in place", "nested"])
+@pytest.mark.every(4)
 def test_compiled_modules_take_names_at_no_cost_in_graphs(make, way):
     reference = Net()
     module = make(reference, (X, Y))
@@ -282,6 +283,7 @@ def test_two_programs_take_names_and_say_them():
 @pytest.mark.parametrize(("make", "strict"), [(bind, False), (copied, False), (bind, True)])
 @pytest.mark.parametrize("program", [((X, Y), {}), ((), {"y": Y, "x": X})])
 @pytest.mark.parametrize("call", [((X, Y), {}), ((X,), {"y": Y}), ((), {"x": X, "y": Y}), ((), {"y": Y, "x": X})])
+@pytest.mark.every(5)
 def test_programs_of_bound_modules_are_right_in_any_order(make, program, call, strict):
     """torch's export of a GraphModule runs it with keywords in the order given, by other names than the graph's."""
     model = Net().eval()

@@ -54,6 +54,7 @@ class Policy(nn.Module):
 @pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("persistent", [True, False], ids=["persistent", "not-persistent"])
 @pytest.mark.parametrize("no_grad", [True, False], ids=["no_grad", "grad"])
+@pytest.mark.every(3)
 def test_assigned_buffers_are_written(no_grad, persistent, depth):
     reference, model = (Policy(no_grad, persistent, depth) for _ in range(2))
     model.load_state_dict(reference.state_dict())

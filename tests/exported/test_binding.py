@@ -27,6 +27,7 @@ from setups import STARTS, export, nets, twin
 @pytest.mark.parametrize(
     ("build", "x"), nets("conv", "activations", "norms", "recurrent", "regions", "unused", "counter")
 )
+@pytest.mark.every(3)
 def test_bound_modules_equal_eager(build, x, start):
     reference, bound = twin(build(), start, x)
     agrees(reference, bound, inputs=[x], tolerance=0.0)
@@ -36,6 +37,7 @@ def test_bound_modules_equal_eager(build, x, start):
 @pytest.mark.parametrize(
     ("build", "x"), nets("conv", "activations", "norms", "recurrent", "regions", "unused", "counter")
 )
+@pytest.mark.every(3)
 def test_binding_changes_no_behaviour(build, x, start):
     ep = export(build().train(start), x)
     plain, bound = ep.module(), copy.deepcopy(cm.bind(ep.module()))
@@ -94,6 +96,7 @@ def test_state_dicts_load_both_ways():
 @STARTS
 @pytest.mark.parametrize("mode", [True, False])
 @pytest.mark.parametrize("strict", [False, True], ids=["nonstrict", "strict"])
+@pytest.mark.every(3)
 def test_export_of_a_bound_module_has_the_literals_of_its_mode(start, mode, strict):
     bound = cm.bind(export(ConvNet().train(start), IMAGE)).train(mode)
     again = torch.export.export(bound, (IMAGE,), strict=strict)
@@ -208,6 +211,7 @@ def test_a_cumulative_average_is_refused_aloud():
 
 @STARTS
 @pytest.mark.parametrize(("build", "x"), nets("conv", "activations", "norms", "recurrent", "regions"))
+@pytest.mark.every(3)
 def test_unflattened_modules(build, x, start):
     reference = build()
     module = torch.export.unflatten(export(copy.deepcopy(reference).train(start), x))

@@ -30,6 +30,7 @@ def test_compiled_modules_are_bound_through_their_wrapper():
 
 @STARTS
 @pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.every(3)
 def test_any_number_of_flips_compiles_each_mode_once(start, nested):
     bound = cm.bind(export(ConvNet().train(start), IMAGE))
     module = Parent(bound) if nested else bound

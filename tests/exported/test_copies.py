@@ -33,6 +33,7 @@ def exported(build):
 
 
 @BUILD
+@pytest.mark.every(2)
 def test_a_copy_of_a_compiled_module_is_compiled_by_the_same_backend(build):
     reference, module = exported(build)
     backend = Backend()
@@ -69,6 +70,7 @@ def test_flags_weights_and_options_of_a_copy(no_inductor):
 
 
 @BUILD
+@pytest.mark.every(2)
 def test_modules_that_contain_a_compiled_module(build):
     reference, module = exported(build)
     compiled = torch.compile(module, backend="eager", fullgraph=True)
@@ -86,6 +88,7 @@ def test_modules_that_contain_a_compiled_module(build):
 
 
 @BUILD
+@pytest.mark.every(2)
 def test_a_module_compiled_in_place(build):
     reference, module = exported(build)
     backend = Backend()
@@ -102,6 +105,7 @@ def test_a_module_compiled_in_place(build):
 
 
 @pytest.mark.parametrize(("build", "bound_late"), [(ConvNet, False), (ConvNet, True), (Auxiliary, False)])
+@pytest.mark.every(2)
 def test_an_average_of_weights_is_compiled(build, bound_late):
     reference, module = exported(build)
     if bound_late:

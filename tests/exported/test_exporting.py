@@ -70,6 +70,7 @@ def both(build, x):
 
 
 @pytest.mark.parametrize(("build", "x"), SINGLE)
+@pytest.mark.every(2)
 def test_one_graph_where_flags_suffice(build, x):
     reference, module = both(build, x)
     assert isinstance(module, torch.fx.GraphModule)
@@ -94,6 +95,7 @@ def test_one_graph_with_switches_where_python_decides(build, x, deciders):
 
 
 @pytest.mark.parametrize(("build", "x"), [(Weights, TOKENS), *(p.values[:2] for p in (*DUAL, *SWITCHED))])
+@pytest.mark.every(2)
 def test_a_copy_flips_on_its_own(build, x):
     reference, module = both(build, x)
     copied = copy.deepcopy(module)
@@ -112,6 +114,7 @@ def test_a_copy_flips_on_its_own(build, x):
     ],
     ids=["frozen-bn", "frozen-net", "woken", "frozen-head"],
 )
+@pytest.mark.every(2)
 def test_submodules_have_modes_in_both_programs(touch):
     reference, module = both(Auxiliary, IMAGE)
     agrees(reference, module, inputs=[IMAGE], touch=touch, tolerance=0.0)
@@ -168,6 +171,7 @@ def test_root_state_can_be_replaced_in_both_programs(copied):
 @pytest.mark.usefixtures("no_inductor")
 @pytest.mark.parametrize("nested", [False, True], ids=["alone", "nested"])
 @pytest.mark.parametrize(("build", "x"), [(Auxiliary, IMAGE), (lambda: Residual(DropPath(0.3)), IMAGE)])
+@pytest.mark.every(3)
 def test_compiled(build, x, nested):
     reference, module = both(build, x)
     if nested:
@@ -296,6 +300,7 @@ def test_modules_of_two_programs_are_refused_where_one_graph_is_needed():
 
 
 @pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.every(2)
 def test_modules_of_two_programs_export_again(mode):
     reference, module = both(Auxiliary, IMAGE)
     again = torch.export.export(module.train(mode), (IMAGE,)).module()
@@ -322,6 +327,7 @@ class Named(nn.Module):
 
 @pytest.mark.parametrize("kind", ["buffer", "parameter", "submodule"])
 @pytest.mark.parametrize("name", ["code", "graph", "meta", "shape_env", "recompile"])
+@pytest.mark.every(2)
 def test_names_that_torch_has_taken_are_refused_by_name(kind, name):
     model = Named(kind, name)
     with pytest.raises((KeyError, RuntimeError)):  # torch: what is wrong here is its own

@@ -69,6 +69,7 @@ CM210: the program was exported with a torch.float32 of shape (4,) on cpu, the m
 
 
 @pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.every(2)
 def test_of_two_programs_the_one_of_the_mode_is_written(mode):
     model = Auxiliary()
     module = cm.export(model, (IMAGE,))

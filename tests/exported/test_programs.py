@@ -82,6 +82,7 @@ EVERY_DIRECTION = pytest.mark.parametrize(
 
 
 @EVERY_DIRECTION
+@pytest.mark.every(3)
 def test_a_program_in_a_mode_does_what_eager_does_in_it(build, x, start, mode):
     model = build()
     program = exported(model, x, start)
@@ -270,6 +271,7 @@ assert "compile_modes" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_loads_in_a_process_that_does_not_know_this_package(tmp_path):
     model = nn.Sequential(cumulative(), Residual(DropPath(0.2)))
     files = []

@@ -74,6 +74,7 @@ def targets(module):
     counter=(UserCounter, VECTORS),
     twice=(Twice, VECTORS),
 )
+@pytest.mark.every(5)
 def test_bound_decomposed_modules_equal_eager(build, x, form, table, start):
     if build is Twice and form is torch.export.unflatten and start:
         pytest.skip("refused, see below")
@@ -90,6 +91,7 @@ def test_bound_decomposed_modules_equal_eager(build, x, form, table, start):
     unused=(UnusedNorm, VECTORS),
     attention=(Attention, TOKENS),
 )
+@pytest.mark.every(3)
 def test_train_exports_with_dropouts_equal_eager(build, x, form, table):
     reference = build()
     agrees(reference, cm.bind(form(decomposed(reference, True, x, table=table))), inputs=[x])
@@ -99,6 +101,7 @@ def test_train_exports_with_dropouts_equal_eager(build, x, form, table):
 @pytest.mark.parametrize(
     ("build", "x"), [(BatchNorms, torch.randn(3, 4, 5)), (ConvNet, IMAGE), (Twice, VECTORS), (UserCounter, VECTORS)]
 )
+@pytest.mark.every(3)
 def test_binding_changes_no_behaviour(build, x, start):
     program = decomposed(build(), start, x)
     plain, bound = copy.deepcopy(program.module()), copy.deepcopy(bind(program))

@@ -64,6 +64,7 @@ class Changed(Reads):
 
 @STARTS
 @pytest.mark.parametrize("build", [Before, After, Returned, Averaged, Counted, Changed])
+@pytest.mark.every(3)
 def test_other_uses_of_the_buffers_are_right_or_refused(build, start):
     reference = build()
     program = decomposed(reference, start, VECTORS)

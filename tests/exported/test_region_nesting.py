@@ -81,6 +81,7 @@ def same(names, module, two=False, call=None, **options):
 
 
 @pytest.mark.parametrize("names", named([*NESTINGS, *DEEP], NESTINGS[::3] + FEW))
+@pytest.mark.every(3)
 def test_exports_keep_every_nesting(names):
     module = cm.export(Nested(names), (X,))
     same(names, module)
@@ -98,6 +99,7 @@ def test_so_do_two_programs_and_files(names):
 
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("names", named([*NESTINGS, *DEEP], FEW))
+@pytest.mark.every(3)
 def test_bound_programs_keep_it_or_warn(names, strict):
     if "inference" in names:
         pytest.skip("torch.export drops inference_mode(), and the program shows nothing of it")

@@ -32,6 +32,7 @@ def train(module, x, steps=2):
 
 
 @pytest.mark.parametrize(("build", "x"), MODELS)
+@pytest.mark.every(3)
 def test_a_trained_module_comes_back_with_its_weights_and_modes(build, x, tmp_path):
     model = build()
     module = cm.export(model, (x,))

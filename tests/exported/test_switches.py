@@ -175,6 +175,7 @@ def both(parts):
 
 
 @pytest.mark.parametrize(("parts", "deciders"), MODELS)
+@pytest.mark.every(2)
 def test_modules_decide_for_themselves(parts, deciders):
     reference, module = both(parts)
     assert isinstance(module, fx.GraphModule)
@@ -183,6 +184,7 @@ def test_modules_decide_for_themselves(parts, deciders):
 
 
 @pytest.mark.parametrize(("parts", "deciders"), MODELS)
+@pytest.mark.every(3)
 def test_baked_and_exported_again_in_any_modes(parts, deciders):
     reference, module = both(parts)
     for modes in random_modes(reference, 3):

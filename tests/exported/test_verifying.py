@@ -130,6 +130,7 @@ class TestEqual:
         assert x.grad is None
 
     @pytest.mark.parametrize("shared", [True, False])
+    @pytest.mark.every(2)
     def test_compiled_in_every_vector(self, shared, no_inductor):
         model = nn.Sequential(nn.Linear(4, 4), *[nn.Dropout(0.5) for _ in range(6)])
         compiled = torch.compile(model if shared else copy.deepcopy(model), backend="pt2e_modes")

@@ -13,7 +13,7 @@ from compile_modes.forms.recurrent import split_layers
 from graphs import View, add_note, graphs_compiled, module_path, note, sites
 from nets import Checkpointed, RecurrentStack
 from oracle import agrees, seeded, text
-from setups import bound, compile_, sampled
+from setups import bound, compile_
 
 aten = torch.ops.aten
 SEQUENCE = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(2))
@@ -59,6 +59,7 @@ def calls(gm):
 @pytest.mark.usefixtures("no_inductor")
 class TestWithoutInductor:
     @pytest.mark.parametrize(("cell", "settings"), COMPILED)
+    @pytest.mark.every(3)
     def test_trains_and_evaluates_as_eager(self, cell, settings):
         reference = cell(4, 5, **settings)
         module = bound(reference, SEQUENCE)
@@ -67,12 +68,14 @@ class TestWithoutInductor:
         assert graphs_compiled() == 2
 
     @CELLS
+    @pytest.mark.slow
     def test_exported_in_eval_mode(self, cell):
         reference = cell(4, 5, num_layers=2, dropout=0.5)
         module = bound(reference, SEQUENCE, start=False)
         agrees(reference, module, compile_(module), [SEQUENCE], flips=2, steps=2)
 
     @CELLS
+    @pytest.mark.slow
     def test_a_given_state(self, cell):
         reference = cell(4, 5, num_layers=2, dropout=0.5)
         hx = torch.randn(2, 3, 5)
@@ -81,6 +84,7 @@ class TestWithoutInductor:
         agrees(reference, module, compile_(module), args, flips=2, steps=2)
 
     @CELLS
+    @pytest.mark.slow
     def test_a_single_sequence(self, cell):
         reference = cell(4, 5, num_layers=2, dropout=0.5, bidirectional=True)
         module = bound(reference, SEQUENCE[:, 0])
@@ -126,6 +130,7 @@ class TestWithoutInductor:
             gradients.append(torch.autograd.grad(loss, leaf))
         torch.testing.assert_close(gradients[1], gradients[0])
 
+    @pytest.mark.slow
     def test_nested_in_a_compiled_parent(self):
         lstm, gru = LSTM(4, 5, num_layers=2, dropout=0.4), GRU(4, 5, num_layers=2, dropout=0.3)
         reference = RecurrentStack(lstm, gru)
@@ -134,6 +139,7 @@ class TestWithoutInductor:
         agrees(reference, module, compile_(module), [SEQUENCE], flips=2, steps=2)
         assert graphs_compiled() == 2
 
+    @pytest.mark.slow
     def test_exported_with_its_parent(self):
         reference = RecurrentStack(LSTM(4, 5, num_layers=2, dropout=0.4), GRU(4, 5, num_layers=2, dropout=0.3))
         module = bound(reference, SEQUENCE)
@@ -152,8 +158,9 @@ class TestWithoutInductor:
 
     @pytest.mark.parametrize(
         ("options", "mode"),
-        sampled([pytest.param(o, m, id=str(o)) for o, m in OPTIONS], 3),
+        [pytest.param(o, m, id=str(o)) for o, m in OPTIONS],
     )
+    @pytest.mark.every(3)
     def test_options(self, options, mode):
         reference = LSTM(4, 5, num_layers=2, dropout=0.5)
         module = bound(reference, SEQUENCE, start=not mode)
@@ -167,6 +174,7 @@ class TestWithoutInductor:
             agrees(reference, module, compile_(module), [SEQUENCE], flips=2, steps=2)
             assert graphs_compiled() == 2
 
+    @pytest.mark.slow
     def test_in_the_body_of_a_checkpoint(self):
         reference = Checkpointed(LSTM(4, 5, num_layers=2, dropout=0.5))
         module = Checkpointed(bound(reference.child, SEQUENCE))
@@ -193,6 +201,7 @@ class TestSplitLayers:
     """The rewrite itself, on exported graphs, which run in eager mode too."""
 
     @pytest.mark.parametrize(("cell", "settings"), CASES)
+    @pytest.mark.every(2)
     def test_computes_what_eager_computes(self, cell, settings):
         model = cell(4, 5, **settings)
         gm = exported(model, SEQUENCE)

@@ -98,6 +98,7 @@ def test_set_mode_round_trips_change_nothing(build, x, family):
 
 @pytest.mark.usefixtures("no_inductor")
 @pytest.mark.parametrize(("build", "x", "family"), MODELS)
+@pytest.mark.every(2)
 def test_compiled(build, x, family):
     reference, bound = both(build, x)
     agrees(reference, bound, torch.compile(bound, backend="pt2e_modes"), [x])
@@ -116,6 +117,7 @@ def test_the_backend_forces_masks_of_eager_models_off(build, x):
 
 @pytest.mark.usefixtures("no_inductor")
 @pytest.mark.parametrize(("build", "x"), DYNAMIC)
+@pytest.mark.every(2)
 def test_sizes_that_a_mask_is_computed_with_may_be_dynamic(build, x):
     reference, model = build(), build()
     model.load_state_dict(reference.state_dict())

@@ -25,6 +25,7 @@ def export(model, *args):
 @pytest.mark.parametrize(
     ("build", "x"), nets("conv", "activations", "norms", "recurrent", "regions", "unused", "counter")
 )
+@pytest.mark.every(3)
 def test_rewritten_graphs_equal_eager_in_both_modes(build, x, start):
     reference = build()
     gm = export(build().train(start), x)

@@ -17,7 +17,6 @@ from torch import nn
 
 import compile_modes as cm
 from nets import Activations, Attention, ConvNet, Norms, Parent, Regions, UnusedNorm
-from setups import sampled
 from triton_cuda.fake_cuda import compile_fake, fake, grad, stand_ins, triton_utils, unavailable
 from triton_cuda.inductor_programs import Moved, Program, draws, parse, ptx
 
@@ -76,7 +75,8 @@ def effects(model: nn.Module, x: torch.Tensor) -> tuple[bool, set[str]]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", sampled(KINDS))
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.every(5)
 def test_a_forward_draws_and_writes_what_eager_does(kind, mode):
     model, x = make("eager")
     MODES[mode](model)
@@ -90,6 +90,7 @@ def test_a_forward_draws_and_writes_what_eager_does(kind, mode):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.every(3)
 def test_a_backward_uses_the_statistics_of_its_mode(kind):
     for mode, running in {"train": False, "eval": True, "frozen norms": True, "live dropout": True}.items():
         forward, backward = programs(kind, mode)
@@ -158,6 +159,7 @@ def without_counters(program: Program) -> Program:
 
 
 @pytest.mark.parametrize("kind", KINDS[:2])
+@pytest.mark.every(2)
 def test_a_forced_counter_beside_the_graph_advances(kind):
     model, x = fake(lambda: make(kind))
     counters = [dict(model.named_buffers())[name] for name in COUNTERS]
