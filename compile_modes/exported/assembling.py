@@ -16,9 +16,9 @@ from compile_modes.exported.binding import carry_out
 from compile_modes.exported.pairing import Pairing, pair
 from compile_modes.exported.planning import Plan, plan_binding
 from compile_modes.exported.provenance import Source, set_flags
-from compile_modes.exported.switching.deciders import Explored, Probe, chain, depth_vector, explore, fresh
+from compile_modes.exported.switching.deciders import Explored, Probe, Witness, chain, depth_vector, explore, fresh
 from compile_modes.exported.switching.switches import Merged, OneGraph, differing
-from compile_modes.exported.switching.traces import Unmatched, trace
+from compile_modes.exported.switching.traces import Unmatched, ancestors, trace
 from compile_modes.graph.dual import DualModule, share
 from compile_modes.graph.edits import hoist_constants
 from compile_modes.graph.finding import find, sites
@@ -40,6 +40,7 @@ def assemble(
     evaluation: ExportedProgram,
     modes: Mapping[str, bool],
     between: Mapping[int, ExportedProgram] | None = None,
+    witness: Witness | None = None,
     *,
     explorer: Explorer | None = None,
     forward: inspect.Signature | None = None,
@@ -53,6 +54,7 @@ def assemble(
         train, evaluation: the two exports.
         modes: those it starts with, by submodule.
         between: exports with modules training down to some depth.
+        witness: the export that shows what runs in eval only, if there is one.
         explorer: makes such exports, where they are needed.
         forward: the signature of the model, if it is at hand.
         guess: whether to take the owners of ops for the modules that decide about them, without such exports.
@@ -70,21 +72,26 @@ def assemble(
         try:
             if explorer is not None:
                 explored = _explored(explorer, roots)
-                between, followers = explored.programs, explored.followers
-            graph = _merged(roots, between, explored, guess)
+                between, witness, followers = explored.programs, explored.witness, explored.deciders
+            graph = _merged(roots, between, witness, explored, guess)
             plain = not found.difference and graph.follows_owners  # masks, and whose they are is known now
             module = _single(roots[0], found) if plain else _switched(roots, graph)
         except Unmatched as why:
             together, difference = False, f"{difference}; {why}" if str(why) not in difference else difference
+            if explorer is not None and explored is not None:
+                followers = explored.deciders | _near(explorer.model, why.owners)
             roots = fresh(train), fresh(evaluation)
             for root in roots:
                 take_names(root, forward)
     if module is None:
-        module = _dual(*roots, difference)
+        module = _dual(*roots, difference, witness)
         module.follow(_owners(train, evaluation) if followers is None else followers)
     set_flags(module, modes)
     programs = {"train": train, "eval": evaluation, **{f"depth_{depth}": p for depth, p in between.items()}}
-    Source(programs, together=together, guess=guess, followers=followers).stay_with(module)
+    deciders: Collection[str] = ()
+    if witness is not None:
+        programs["witness"], deciders = witness.program, witness.deciders
+    Source(programs, together=together, guess=guess, followers=followers, deciders=deciders).stay_with(module)
     return module
 
 
@@ -94,7 +101,10 @@ def reassemble(
     """:func:`assemble` from the programs of a :class:`Source`, by their names there."""
     names = [name for name in programs if name.startswith("depth_")]
     between = {int(name.removeprefix("depth_")): programs[name] for name in names}
-    return assemble(programs["train"], programs["eval"], modes, between, **known)
+    known = dict(known)
+    deciders = frozenset(known.pop("deciders", ()))
+    witness = Witness(programs["witness"], deciders) if "witness" in programs else None
+    return assemble(programs["train"], programs["eval"], modes, between, witness, **known)
 
 
 def _explored(explorer: Explorer, roots: tuple[fx.GraphModule, fx.GraphModule]) -> Explored:
@@ -117,6 +127,7 @@ def _owners(train: ExportedProgram, evaluation: ExportedProgram) -> set[str]:
 def _merged(
     roots: tuple[fx.GraphModule, fx.GraphModule],
     between: Mapping[int, ExportedProgram],
+    witness: Witness | None,
     explored: Explored | None,
     guess: bool,
 ) -> OneGraph:
@@ -126,11 +137,19 @@ def _merged(
         Unmatched: they can't be one, or not one that agrees with another export.
     """
     train, evaluation = roots
-    graph = OneGraph(chain(dict(between), evaluation, train), guess=guess)
-    for vector, root in explored.checks if explored is not None else ():
-        if why := graph.differs(root, vector):
-            raise Unmatched(f"in other modes, {why}")
+    seen = (witness.vector, fresh(witness.program)) if witness is not None else None
+    graph = OneGraph(chain(dict(between), evaluation, train), seen, guess=guess)
+    if explored is not None and explored.check is not None:
+        vector, root = explored.check
+        graph.compare(root, vector)
     return graph
+
+
+def _near(model: nn.Module, owners: Collection[str]) -> set[str]:
+    """The modules whose mode may be what the ops of some modules depend on: these, those around and those inside."""
+    around = {name for owner in owners for name in ancestors(owner)}
+    inside = {name for name, _ in model.named_modules() if any(owner in ancestors(name) for owner in owners)}
+    return around | inside
 
 
 def _switched(roots: tuple[fx.GraphModule, fx.GraphModule], graph: OneGraph) -> nn.Module:
@@ -142,6 +161,7 @@ def _switched(roots: tuple[fx.GraphModule, fx.GraphModule], graph: OneGraph) -> 
         train,
         merged,
         merged.switches,
+        lost=merged.lost,
         counts_in_both=lambda site: site.node in merged.kept_steps,
         counts_in_train=lambda site: site.node in merged.counting,
     )
@@ -163,6 +183,7 @@ def _carry_out(
     found: Pairing | Merged,
     calls: Sequence[fx.Node],
     *,
+    lost: Mapping[fx.Node, float] | None = None,
     counts_in_both: Callable[[Site], bool],
     counts_in_train: Callable[[Site], bool],
 ) -> nn.Module:
@@ -172,6 +193,7 @@ def _carry_out(
         root: the module of the program.
         found: which sites follow their owner's flag, which its reverse, and which none.
         calls: further nodes that follow it: folded regions and switches.
+        lost: probabilities that nodes have in train and don't show.
         counts_in_both: whether the counter of a site steps in both modes.
         counts_in_train: whether that of a site with a literal steps in train only.
     """
@@ -184,25 +206,27 @@ def _carry_out(
             site.step = None
     odd = [by_node[node] for node in found.fixed]
     odd += [site for site in by_node.values() if site.region is not None]  # a mask that eval has as well
-    plan = _plan(view, bindable, odd, {by_node[node]: p for node, p in found.inverted.items()})
+    probabilities = {by_node[node]: p for node, p in {**found.inverted, **(lost or {})}.items() if p is not None}
+    plan = _plan(view, bindable, odd, {by_node[node] for node in found.inverted}, probabilities)
     plan.counting = [site for site in odd if site.step is not None and counts_in_train(site)]
     carry_out(plan)
     return root
 
 
-def _plan(view: View, bindable: list[Site], odd: list[Site], inverted: Mapping[Site, float | None]) -> Plan:
+def _plan(view: View, bindable: list[Site], odd: list[Site], inverted: set[Site], supplied: dict[Site, float]) -> Plan:
     modes = {site.owner: True for site in bindable}
-    supplied = {site: p for site, p in inverted.items() if p is not None}
-    return Plan(view, True, True, modes, bindable, [], odd, set(), supplied=supplied, inverted=set(inverted))
+    return Plan(view, True, True, modes, bindable, [], odd, set(), supplied=supplied, inverted=inverted)
 
 
-def _dual(train: Any, evaluation: Any, difference: str) -> DualModule:
+def _dual(train: Any, evaluation: Any, difference: str, witness: Witness | None) -> DualModule:
     """Binds both programs to the same flags."""
     for root, mode in ((train, True), (evaluation, False)):
         for site in sites(root):
             if site.training is (not mode):  # all flags had the program's mode, so this is no flag
                 add_note(site.node, mode=HARD_CODED)
     lost = _compare_by_owner(train, evaluation)
+    if witness is not None:
+        lost = {**_compare_by_owner(fresh(witness.program), evaluation), **lost}
     carry_out(plan_binding(View(train), ()))
     for root in (train, evaluation):
         hoist_constants(root)

@@ -13,11 +13,15 @@ from compile_modes._compat.exporting import is_taken
 from compile_modes.errors import ExportError, summary
 from compile_modes.exported.assembling import Explorer, assemble, say_guessed
 from compile_modes.exported.assigned import keeping_assignments
+from compile_modes.exported.comparing import VerifyReport
 from compile_modes.exported.faithful import faithful, settled
 from compile_modes.exported.provenance import flags, set_flags
 from compile_modes.exported.switching.traces import Vector
 from compile_modes.exported.verifying import verify_export
 from compile_modes.graph.cumulative import exportable
+from compile_modes.graph.dual import DualModule
+
+_VECTORS = 4  # random modes in which a result is run beside the model
 
 
 def export(
@@ -27,7 +31,7 @@ def export(
     *,
     dynamic_shapes: Any = None,
     probe: bool = True,
-    verify: bool | None = False,
+    verify: bool | None = None,
 ) -> nn.Module:
     """Exports both modes of an eager model into one module whose ``train()`` and ``eval()`` are exact.
 
@@ -54,7 +58,8 @@ def export(
         probe: whether to export in more modes where Python decides. Without, the module around what differs is taken
             for the one that decides.
         verify: whether to run the result beside the model, as :func:`verify` does, which takes some calls of both. None
-            does where Python decides; with ``probe=False``, in train and eval alone.
+            does where Python decides. One graph that isn't equal in some modes becomes two programs. With
+            ``probe=False``, they are run in train and eval alone.
 
     Returns:
         A module with the submodules, ``state_dict`` and modes of ``model``.
@@ -95,7 +100,20 @@ def export(
         set_flags(model, modes)
     if not probe:
         say_guessed(module)
-    verify_export(module, model, args, kwargs or {}, asked=verify, vectors=8 if probe else 0)
+
+    def differs(module: nn.Module) -> VerifyReport | None:
+        report = verify_export(module, model, args, kwargs or {}, asked=verify, vectors=_VECTORS if probe else 0)
+        return report if report is not None and report.first is not None else None
+
+    report = differs(module)
+    if report is not None and probe and not isinstance(module, DualModule):
+        # Right with the whole model in one mode at least, with no module followed that isn't known.
+        module = assemble(programs[True], programs[False], modes, forward=signature, together=False, followers=modes)
+        report = differs(module)
+    if report is not None and report.first is not None:
+        error = messages.EXPORT_NOT_EQUAL.error(report=report, where=report.first.where)
+        error.report = report
+        raise error
     return module
 
 

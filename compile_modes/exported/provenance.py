@@ -24,10 +24,12 @@ class Source:
         together: bool = True,
         guess: bool = False,
         followers: Collection[str] | None = None,
+        deciders: Collection[str] = (),
     ) -> None:
         #: how several programs make one module; JSON can hold it
         self.known = {
-            "together": together, "guess": guess, "followers": None if followers is None else sorted(followers)
+            "together": together, "guess": guess, "followers": None if followers is None else sorted(followers),
+            "deciders": sorted(deciders),
         }  # fmt: skip
         self.programs, self.keep, self.dropout_p = dict(programs), list(keep), dict(dropout_p or {})
         self.code: list[str] = []

@@ -2,23 +2,18 @@
 
 import copy
 import io
+import warnings
 
 import pytest
+import torch
 
 import compile_modes as cm
+from compile_modes.graph.dual import DualModule
 from exported.random_writers import X, build
-from exported.vectors import agree_in_modes, random_modes
+from exported.vectors import agree_here, agree_in_modes, random_modes, set_modes
+from setups import compile_
 
-SEEDS = [
-    *range(10),
-    17,
-    20,
-    42,
-    48,
-    133,
-    166,
-    *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(200, 400)),
-]
+SEEDS = [*range(10), 17, 20, 42, 48, 133, 166, *(pytest.param(s, marks=pytest.mark.slow) for s in range(200, 400))]
 
 
 def fails_in_eager(reference):
@@ -40,14 +35,64 @@ def test_random_modules_equal_eager(seed):
     assert isinstance(agree_in_modes(reference, module, X, random_modes(reference, 6, seed)), int)
 
 
-@pytest.mark.parametrize("seed", [0, 2, 4, 9, 20, *(pytest.param(s, marks=pytest.mark.slow) for s in range(21, 60))])
-@pytest.mark.every(2)
-def test_copies_and_reloads_of_random_modules_equal_eager(seed):
+def copied(module, modes):
+    return copy.deepcopy(module)
+
+
+def loaded(module, modes):
+    file = io.BytesIO()
+    cm.save(module, file)
+    file.seek(0)
+    return cm.load(file)
+
+
+def baked(module, modes):
+    """The program in which all modes are literals; of two programs, that of the root's mode."""
+    set_modes(module, modes)
+    return cm.bake(module.program(module.training) if isinstance(module, DualModule) else module)
+
+
+def exported_again(module, modes):
+    set_modes(module, modes)
+    return torch.export.export(module, (X,)).module()
+
+
+def compiled(module, modes):
+    return torch.compile(copy.deepcopy(module), backend="eager")
+
+
+def compiled_by_the_backend(module, modes):
+    return compile_(copy.deepcopy(module))
+
+
+FORMS = [loaded, copied, baked, exported_again, compiled, compiled_by_the_backend]
+LITERAL = (baked, exported_again)  # they hold one combination of modes
+
+
+@pytest.mark.parametrize("seed", range(120))
+@pytest.mark.every(11)
+@pytest.mark.usefixtures("no_inductor")
+def test_forms_of_random_modules_equal_eager(seed):
     reference = build(seed)
     if fails_in_eager(reference):
         pytest.skip("eager itself fails")
-    module, file = cm.export(copy.deepcopy(reference), (X,)), io.BytesIO()
-    cm.save(module, file)
-    file.seek(0)
-    for again in (copy.deepcopy(module), cm.load(file)):
-        agree_in_modes(copy.deepcopy(reference), again, X, random_modes(reference, 4, seed))
+    check_form(reference, cm.export(copy.deepcopy(reference), (X,)), FORMS[seed % len(FORMS)], seed)
+
+
+def check_form(reference, module, form, seed):
+    vectors = random_modes(reference, 3, seed)
+    if form not in LITERAL:
+        again = form(module, {})
+        return agree_in_modes(reference, getattr(again, "_orig_mod", again), X, vectors, call=again)
+    warned = 0
+    for modes in vectors:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", cm.ModeWarning)
+            try:
+                again = form(copy.deepcopy(module), modes)
+            except cm.ModeWarning:
+                warned += 1
+                continue
+        set_modes(reference, modes)
+        agree_here(copy.deepcopy(reference), again, X, modes)
+    return warned

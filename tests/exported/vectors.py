@@ -50,11 +50,16 @@ def agree_in_modes(reference, module, x, modes, *, call=None, tolerance=0.0) -> 
             except cm.ModeWarning:
                 warned += 1
                 continue
-        module.load_state_dict(reference.state_dict())
-        for seed in range(2):
-            expected = one_step(reference, reference, x, seed)
-            ours = one_step(module if call is None else call, module, x, seed)
-            assert expected.keys() == ours.keys()
-            for name, value in expected.items():
-                assert torch.allclose(value.float(), ours[name].float(), rtol=tolerance, atol=tolerance), (name, vector)
+        agree_here(reference, module, x, vector, call=call, tolerance=tolerance)
     return warned
+
+
+def agree_here(reference, module, x, modes, *, call=None, tolerance=0.0) -> None:
+    """Asserts the same of two calls in the modes that both are in, which ``modes`` names for the message."""
+    module.load_state_dict(reference.state_dict())
+    for seed in range(2):
+        expected = one_step(reference, reference, x, seed)
+        ours = one_step(module if call is None else call, module, x, seed)
+        assert expected.keys() == ours.keys()
+        for name, value in expected.items():
+            assert torch.allclose(value.float(), ours[name].float(), rtol=tolerance, atol=tolerance), (name, modes)

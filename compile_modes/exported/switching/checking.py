@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from compile_modes.exported.switching.aligning import align
-from compile_modes.exported.switching.traces import Op, Trace, Vector, is_value
+from compile_modes.exported.switching.traces import Op, Trace, Unmatched, Vector, is_value
 from compile_modes.exported.switching.trees import Items, Phi, Switch, Tree
 from compile_modes.exported.switching.verdicts import Decision, literal
 
@@ -19,31 +19,54 @@ def all_ops(items: Items) -> Iterator[Op]:
             yield item
 
 
-def differs(tree: Tree, decisions: dict[Op, Decision], program: Trace) -> str:
-    """Says where the tree, in the modes that the program was exported in, is another program; empty if nowhere."""
+def observe(tree: Tree, program: Trace) -> None:
+    """Notes what a program says of the modes of ops.
+
+    Raises:
+        Unmatched: the tree, in the modes that the program was exported in, is another program.
+    """
+    for theirs, ours in _same_ops(tree, program).items():
+        ours.seen += theirs.seen
+        ours.counter = ours.counter or theirs.counter
+
+
+def compare(tree: Tree, decisions: dict[Op, Decision], program: Trace) -> None:
+    """Compares the tree, in the modes that a program was exported in, with the program.
+
+    Raises:
+        Unmatched: it is another one: where.
+    """
+    _Comparison(decisions, program.vector, _same_ops(tree, program)).run(tree, program)
+
+
+def _same_ops(tree: Tree, program: Trace) -> dict[Op, Op]:
+    """The ops of the tree by those of a program."""
     ours = [op for op in _in_modes(tree.items, program.vector) if not op.is_layout]
     theirs = [op for op in program.ops if not op.is_layout]
     env: dict[Op, Op] = {}
-    for equal, a, b in align(ours, theirs):
-        if not equal:
-            return _said((a or b)[0])
+    stretches = align(ours, theirs)
+    other = [op for equal, a, b in stretches if not equal for op in (*a, *b)]
+    if other:
+        raise Unmatched(f"in other modes, {_said(other[0])}", {op.owner for op in other})
+    for _, a, b in stretches:
         env.update(zip(b, a, strict=True))
-    return _Comparison(decisions, program.vector, env).run(tree, program)
+    return env
 
 
 class _Comparison:
     def __init__(self, decisions: dict[Op, Decision], vector: Vector, env: dict[Op, Op]) -> None:
         self.decisions, self.vector, self.env = decisions, vector, env
 
-    def run(self, tree: Tree, program: Trace) -> str:
+    def run(self, tree: Tree, program: Trace) -> None:
         for theirs, ours in self.env.items():
             if not self.same((ours.args, list(ours.kwargs.values())), (theirs.args, list(theirs.kwargs.values()))):
-                return f"the operands of {_said(ours)}"
+                raise Unmatched(f"in other modes, the operands of {_said(ours)}", {ours.owner})
             mode = literal(theirs.row, theirs.node) if theirs.row is not None else None
             known = ours in self.decisions and self.decisions[ours].verdict.how
             if mode is not None and known and self.mode(ours) is not mode:
-                return f"the mode of {_said(ours)}"
-        return "" if self.same(tree.outputs, program.outputs) else "what is returned"
+                raise Unmatched(f"in other modes, the mode of {_said(ours)}", {ours.owner})
+        if not self.same(tree.outputs, program.outputs):
+            raise Unmatched("in other modes, what is returned", {""})
 
     def mode(self, op: Op) -> bool:
         decision = self.decisions.get(op)

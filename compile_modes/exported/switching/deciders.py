@@ -6,19 +6,34 @@ and no further tell these apart, for the whole model at once.
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx, nn
 from torch.export import ExportedProgram
 
 from compile_modes.exported.switching.switches import Program, decider_between, differing
-from compile_modes.exported.switching.traces import Op, Trace, Unmatched, Vector, depth_of, trace
+from compile_modes.exported.switching.traces import Op, Trace, Unmatched, Vector, ancestors, depth_of, trace
 from compile_modes.graph.edits import own
 from compile_modes.graph.view import View
 
 Probe = Callable[[Vector], ExportedProgram]  # exports the model in given modes
 _MOST = 5  # exports to find who decides
+
+
+@dataclass(frozen=True)
+class Witness:
+    """An export in which the modules that decide are in eval and all others train.
+
+    What runs in eval only is seen training in it, in no other one.
+    """
+
+    program: ExportedProgram
+    deciders: frozenset[str]
+
+    def vector(self, name: str) -> bool:
+        """The mode of each module."""
+        return name not in self.deciders
 
 
 @dataclass
@@ -27,17 +42,19 @@ class Explored:
 
     Attributes:
         programs: by the depth down to which modules trained.
-        checks: programs in other modes, to compare with.
-        followers: modules that decide something by their own mode, as far as it was found out.
+        witness: shows what runs in eval only, if modules other than those that decide have ops there.
+        check: a program in yet other modes, and these, to compare with.
+        deciders: modules that decide something by their own mode, as far as it was found out.
     """
 
     programs: dict[int, ExportedProgram] = field(default_factory=dict)
-    checks: list[tuple[Vector, fx.GraphModule]] = field(default_factory=list)
-    followers: set[str] = field(default_factory=set)
+    witness: Witness | None = None
+    check: tuple[Vector, fx.GraphModule] | None = None
+    deciders: set[str] = field(default_factory=set)
 
 
 def explore(model: nn.Module, evaluation: Trace, train: Trace, probe: Probe) -> Explored:
-    """Exports a model until it is told which depth decides about each op that differs, and twice more to check.
+    """Exports a model until it is told which depth decides about each op that differs, and once or twice more.
 
     Args:
         model: the eager module; its modes are changed by ``probe``.
@@ -63,13 +80,20 @@ def explore(model: nn.Module, evaluation: Trace, train: Trace, probe: Probe) -> 
         refine(middle, high)
 
     refine(-1, math.inf)
-    depths = sorted(traces)
-    for low, high in itertools.pairwise(depths):
-        if low >= 0:
-            found.followers |= {_decider(op, low, high) for op in differing(traces[low], traces[high])}
-    for even in (True, False):
-        vector = alternating(model, even)
-        found.checks.append((vector, fresh(probe(vector))))
+    hidden = False
+    for low, high in itertools.pairwise(sorted(traces)):
+        before = set(traces[low].ops)
+        for op in differing(traces[low], traces[high]):
+            decider = _decider(op, low, high)
+            found.deciders.add(decider)
+            hidden |= op in before and depth_of(op.owner) > depth_of(decider)
+    if hidden:
+        deciders = frozenset(found.deciders)
+        found.witness = Witness(probe(lambda name: name not in deciders), deciders)
+        new = differing(evaluation, trace(fresh(found.witness.program), found.witness.vector))
+        found.deciders |= {name for op in new for name in ancestors(op.owner)}
+    vector = mixed(model, found.deciders)
+    found.check = vector, fresh(probe(vector))
     return found
 
 
@@ -85,9 +109,12 @@ def depth_vector(depth: float) -> Vector:
     return lambda name: depth_of(name) <= depth
 
 
-def alternating(model: nn.Module, even: bool) -> Vector:
-    """Modes in which neighbours differ: modules side by side, and modules and what is first in them."""
-    modes = {"": even}
+def mixed(model: nn.Module, deciders: Collection[str]) -> Vector:
+    """Modes in which neighbours differ: modules side by side, and what is first in a module and the module itself.
+
+    Those that decide differ in turn, so that what one of them decides isn't taken for what the next one does.
+    """
+    modes = {"": True}
 
     def visit(name: str, module: nn.Module) -> None:
         for index, (leaf, child) in enumerate(module.named_children()):
@@ -96,7 +123,8 @@ def alternating(model: nn.Module, even: bool) -> Vector:
             visit(path, child)
 
     visit("", model)
-    return lambda name: modes.get(name, even)
+    modes |= {name: not index % 2 for index, name in enumerate(sorted(deciders))}
+    return lambda name: modes.get(name, True)
 
 
 def fresh(program: ExportedProgram) -> fx.GraphModule:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from compile_modes.exported.pairing import structure_that_differs
-from compile_modes.exported.switching.aligning import align
-from compile_modes.exported.switching.checking import all_ops, differs
+from compile_modes.exported.switching.aligning import align, probability
+from compile_modes.exported.switching.checking import all_ops, compare, observe
 from compile_modes.exported.switching.emitting import emit, prune
 from compile_modes.exported.switching.merging import Decide, merge
 from compile_modes.exported.switching.traces import Op, Trace, Unmatched, Vector, depth_of, prefix, trace
@@ -25,6 +25,7 @@ class Merged:
         bound: nodes whose flag follows the module that owns them.
         fixed: nodes that have their mode whatever the flag.
         inverted: nodes in eval when their owner trains, with the probability that the train export has lost.
+        lost: probabilities of nodes in ``bound`` that run in eval only, where they are 0.
         switches: calls of ``calls.switch``.
         kept_steps: nodes of batch norms whose counter steps in both modes.
         counting: nodes of ``fixed`` whose counter steps in train only.
@@ -33,6 +34,7 @@ class Merged:
     bound: list[fx.Node] = field(default_factory=list)
     fixed: list[fx.Node] = field(default_factory=list)
     inverted: dict[fx.Node, float | None] = field(default_factory=dict)
+    lost: dict[fx.Node, float] = field(default_factory=dict)
     switches: list[fx.Node] = field(default_factory=list)
     kept_steps: set[fx.Node] = field(default_factory=set)
     counting: set[fx.Node] = field(default_factory=set)
@@ -54,10 +56,13 @@ class OneGraph:
 
     Args:
         programs: at least that of eval mode (depth -1) and of train mode (depth infinite), by depth.
+        witness: a program, and its modes, in which what runs in eval only is in the mode of train.
         guess: whether the module around all that differs in one place is taken for the one that decides.
     """
 
-    def __init__(self, programs: Sequence[Program], *, guess: bool = False) -> None:
+    def __init__(
+        self, programs: Sequence[Program], witness: tuple[Vector, fx.GraphModule] | None = None, *, guess: bool = False
+    ) -> None:
         self.programs, self.guess = programs, guess
         first = trace(programs[0].root, programs[0].vector)
         self.tree = Tree(list(first.ops), first.outputs)
@@ -72,11 +77,18 @@ class OneGraph:
             )
             self.follows_owners &= all(op.owner == p.decider for p in pieces for op in (*p.old, *p.new))
         prune(self.tree)
+        if witness is not None:
+            vector, root = witness
+            observe(self.tree, trace(root, vector))
         self.decisions = dict(decided(all_ops(self.tree.items)))
 
-    def differs(self, root: fx.GraphModule, vector: Vector) -> str:
-        """Compares the graph in given modes with an export made in them; says where they differ."""
-        return differs(self.tree, self.decisions, trace(root, vector))
+    def compare(self, root: fx.GraphModule, vector: Vector) -> None:
+        """Compares the graph in given modes with an export made in them.
+
+        Raises:
+            Unmatched: it is another program.
+        """
+        compare(self.tree, self.decisions, trace(root, vector))
 
     def emit(self) -> Merged:
         """Makes the graph that of the train program's module, in place."""
@@ -89,6 +101,8 @@ class OneGraph:
                 if verdict.how == "bound":
                     own_flag(site, verdict.owner)
                     merged.bound.append(site)
+                    if verdict.p and probability(site) == 0:
+                        merged.lost[site] = verdict.p
                 elif verdict.how == "inverted":
                     own_flag(site, verdict.owner)
                     merged.inverted[site] = verdict.p

@@ -4,7 +4,7 @@ Two exports of a model name their nodes, and cut their regions, as it happens. A
 each op knows the regions that it is in, inputs are known by their place, state by its storage, constants by value.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,11 @@ Vector = Callable[[str], bool]  # the mode of each module
 
 
 class Unmatched(Exception):
-    """The programs can't be one graph: why."""
+    """The programs can't be one graph: why, and of which modules the ops are that show it, if any do."""
+
+    def __init__(self, why: str, owners: Iterable[str] = ()) -> None:
+        super().__init__(why)
+        self.owners = frozenset(owners)
 
 
 @dataclass(frozen=True)
