@@ -10,6 +10,7 @@ one for autocast.
   an exit of it, in front of the switch, and the pass, which looks for a switch in the first place only, drops it.
 - The first pass also drops switches to the mode that export itself is called in.
 - ``inference_mode`` is set in C++ and not recorded at all.
+- Of an ``autograd.Function``, the ops of its ``forward`` are recorded, and not that they have another backward.
 """
 
 import contextlib
@@ -24,8 +25,8 @@ from torch.fx.experimental import proxy_tensor
 from torch.overrides import TorchFunctionMode
 
 MARK = "compile_modes_export"  # in the ``custom`` meta, which export carries along: a Mark as a dict
-# Grad mode when a node ran, and whether it is the alias of a dropout's input.
-GRAD, ALIAS = "grad", "alias"
+# Grad mode when a node ran, whether it is the alias of a dropout's input, and the autograd.Function that it is of.
+GRAD, ALIAS, FUNCTION = "grad", "alias", "function"
 
 _exporting = threading.RLock()  # what is replaced in torch below is for one export at a time
 
@@ -48,8 +49,11 @@ def exact(returns_input: Callable[[Any, tuple[Any, ...], dict[str, Any]], bool])
         (inference, "__enter__", _enter_as_grad_mode(inference.__enter__)),
         (inference, "__exit__", _exit_as_grad_mode(inference.__exit__)),
     ]
+    apply = vars(torch.autograd.Function)["apply"]
     with _exporting, torch.inference_mode(False), torch.enable_grad():
         originals = [(holder, name, getattr(holder, name)) for holder, name, _ in replaced]
+        replaced.append((torch.autograd.Function, "apply", _named(apply)))
+        originals.append((torch.autograd.Function, "apply", apply))
         try:
             for holder, name, value in replaced:
                 setattr(holder, name, value)
@@ -92,11 +96,31 @@ def _marking(original: _Call, returns_input: Callable[..., bool]) -> _Call:
             if node is last:
                 break
             own = node.target is torch.ops.aten.alias.default and aliased
-            marked = {GRAD: torch.is_grad_enabled(), ALIAS: own}
+            marked = {GRAD: torch.is_grad_enabled(), ALIAS: own, FUNCTION: _functions[-1] if _functions else ""}
             node.meta["custom"] = {**(node.meta.get("custom") or {}), MARK: marked}
         return result
 
     return proxy_call
+
+
+_functions: list[str] = []  # those that run, in the one export at a time
+
+
+def _named(original: Any) -> Any:
+    """``Function.apply``, whose ops are marked with the class."""
+    thread = threading.get_ident()
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        call = original.__get__(None, cls)
+        if threading.get_ident() != thread:
+            return call(*args, **kwargs)
+        _functions.append(cls.__qualname__)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            _functions.pop()
+
+    return classmethod(apply)
 
 
 def _looking_past_autocast(original: _Call) -> _Call:

@@ -18,7 +18,7 @@ from compile_modes.exported.planning import Plan, plan_binding
 from compile_modes.exported.provenance import Source, set_flags
 from compile_modes.exported.switching.deciders import Explored, Probe, Witness, chain, depth_vector, explore, fresh
 from compile_modes.exported.switching.switches import Merged, OneGraph, differing
-from compile_modes.exported.switching.traces import Unmatched, ancestors, trace
+from compile_modes.exported.switching.traces import Unmatched, trace
 from compile_modes.graph.dual import DualModule, share
 from compile_modes.graph.edits import hoist_constants
 from compile_modes.graph.finding import find, sites
@@ -29,10 +29,17 @@ from compile_modes.graph.view import View
 
 @dataclass(frozen=True)
 class Explorer:
-    """A model that is at hand, to be exported in more modes."""
+    """A model that is at hand, to be exported in more modes.
+
+    Attributes:
+        model: the model.
+        probe: exports it.
+        readers: the modules whose mode it has read in the exports so far.
+    """
 
     model: nn.Module
     probe: Probe
+    readers: Collection[str]
 
 
 def assemble(
@@ -47,6 +54,7 @@ def assemble(
     guess: bool = False,
     together: bool = True,
     followers: Collection[str] | None = None,
+    readers: Collection[str] | None = None,
 ) -> nn.Module:
     """The module of both modes.
 
@@ -60,6 +68,7 @@ def assemble(
         guess: whether to take the owners of ops for the modules that decide about them, without such exports.
         together: False if it is known that the two programs can't be one graph.
         followers: modules that decide by their own mode, as far as known; those of all that differs if None.
+        readers: the modules whose mode the model reads; None if that isn't known.
     """
     roots = fresh(train), fresh(evaluation)
     found = pair(*roots)
@@ -73,13 +82,15 @@ def assemble(
             if explorer is not None:
                 explored = _explored(explorer, roots)
                 between, witness, followers = explored.programs, explored.witness, explored.deciders
-            graph = _merged(roots, between, witness, explored, guess)
+                readers = explorer.readers
+            graph = _merged(roots, between, witness, explored, readers, guess)
             plain = not found.difference and graph.follows_owners  # masks, and whose they are is known now
             module = _single(roots[0], found) if plain else _switched(roots, graph)
         except Unmatched as why:
             together, difference = False, f"{difference}; {why}" if str(why) not in difference else difference
             if explorer is not None and explored is not None:
-                followers = explored.deciders | _near(explorer.model, why.owners)
+                unclear = set(explorer.readers) - (set() if why.owners else _with_sites(*roots))
+                followers = explored.deciders | unclear
             roots = fresh(train), fresh(evaluation)
             for root in roots:
                 take_names(root, forward)
@@ -91,7 +102,8 @@ def assemble(
     deciders: Collection[str] = ()
     if witness is not None:
         programs["witness"], deciders = witness.program, witness.deciders
-    Source(programs, together=together, guess=guess, followers=followers, deciders=deciders).stay_with(module)
+    known: dict[str, Any] = {"together": together, "guess": guess, "followers": followers, "readers": readers}
+    Source(programs, deciders=deciders, **known).stay_with(module)
     return module
 
 
@@ -110,7 +122,7 @@ def reassemble(
 def _explored(explorer: Explorer, roots: tuple[fx.GraphModule, fx.GraphModule]) -> Explored:
     traces = trace(roots[1], depth_vector(-1)), trace(roots[0], depth_vector(math.inf))
     try:
-        return explore(explorer.model, *traces, explorer.probe)
+        return explore(explorer.model, *traces, explorer.probe, explorer.readers)
     except ExportError as error:
         raise Unmatched(f"no export in which modules are in different modes: {error.cause}") from error
 
@@ -129,6 +141,7 @@ def _merged(
     between: Mapping[int, ExportedProgram],
     witness: Witness | None,
     explored: Explored | None,
+    readers: Collection[str] | None,
     guess: bool,
 ) -> OneGraph:
     """The programs as one, compared with exports in other modes.
@@ -138,18 +151,16 @@ def _merged(
     """
     train, evaluation = roots
     seen = (witness.vector, fresh(witness.program)) if witness is not None else None
-    graph = OneGraph(chain(dict(between), evaluation, train), seen, guess=guess)
+    graph = OneGraph(chain(dict(between), evaluation, train), seen, readers=readers, guess=guess)
     if explored is not None and explored.check is not None:
         vector, root = explored.check
         graph.compare(root, vector)
     return graph
 
 
-def _near(model: nn.Module, owners: Collection[str]) -> set[str]:
-    """The modules whose mode may be what the ops of some modules depend on: these, those around and those inside."""
-    around = {name for owner in owners for name in ancestors(owner)}
-    inside = {name for name, _ in model.named_modules() if any(owner in ancestors(name) for owner in owners)}
-    return around | inside
+def _with_sites(*roots: fx.GraphModule) -> set[str]:
+    """The modules that have a use for their mode which is known."""
+    return {site.owner for root in roots for site in sites(root)}
 
 
 def _switched(roots: tuple[fx.GraphModule, fx.GraphModule], graph: OneGraph) -> nn.Module:

@@ -89,7 +89,7 @@ class _Forward:
         elif sum(other is before for other in self._before.values()) > 1:
             why = "and it has other names, under which eager keeps the old value"
         if why:
-            raise messages.ASSIGNED.error(why=why, buffer=path)
+            raise messages.ASSIGNED.error(why=why, where=f"buffer {path!r}")
 
 
 def _buffers(model: nn.Module) -> _Buffers:

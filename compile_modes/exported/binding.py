@@ -41,7 +41,7 @@ def bind(exported: Any, *, keep: Sequence[str] = (), dropout_p: Mapping[str, flo
             UnflattenedModule, or an OptimizedModule around one of these. Modules are bound in place; parameters,
             buffers and ``state_dict`` keys stay as they are.
         keep: globs of owners whose sites keep their literal, also when the module is bound again, and of modules that
-            need no mode.
+            need no mode; and of buffers that are written in both modes.
         dropout_p: attention dropout that an eval export has lost, ``{owner glob: probability}``; first match wins.
 
     Returns:
@@ -53,7 +53,8 @@ def bind(exported: Any, *, keep: Sequence[str] = (), dropout_p: Mapping[str, flo
         OverrideError: a pattern matches no site.
 
     Warns:
-        ModeWarning: some sites can't follow the flag, with the reason for each; or the program is decomposed and has
+        ModeWarning: some sites can't follow the flag, with the reason for each; or a train export writes other buffers
+            than those of its norms, which will be written in eval too; or the program is decomposed and has
             parts that are no sites any more; or an eval export has lost what modules may do in train; or the export may
             have lost a ``no_grad()`` inside an autocast region.
     """
@@ -88,12 +89,12 @@ def bind_root(
     view = recomposed.view
     gone = [] if recomposed.decomposed else left_nothing(view, program)
     try:
-        plan = planning.plan_binding(view, keep, dropout_p, gone)
+        plan = planning.plan_binding(view, keep, dropout_p, gone, decomposed=recomposed.decomposed)
     except CompileModesError:
         recomposed.undo()
         raise
     if own(view):
-        plan = planning.plan_binding(View(root), keep, dropout_p, gone)
+        plan = planning.plan_binding(View(root), keep, dropout_p, gone, decomposed=recomposed.decomposed)
     carry_out(plan)
     take_names(root)
     trains = any(plan.modes.values()) or any(site.training for site in plan.kept)

@@ -1,6 +1,7 @@
 """``export``: both modes of an eager model, in one graph with flags where that is exact, in two graphs otherwise."""
 
 import inspect
+import pickle
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,17 +10,21 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from compile_modes import _compat, messages
+from compile_modes._compat.data import data_is_traced
 from compile_modes._compat.exporting import is_taken
+from compile_modes._compat.readers import mode_reads
 from compile_modes.errors import ExportError, summary
 from compile_modes.exported.assembling import Explorer, assemble, say_guessed
 from compile_modes.exported.assigned import keeping_assignments
 from compile_modes.exported.comparing import VerifyReport
+from compile_modes.exported.failing import place_of
 from compile_modes.exported.faithful import faithful, settled
 from compile_modes.exported.provenance import flags, set_flags
 from compile_modes.exported.switching.traces import Vector
 from compile_modes.exported.verifying import verify_export
 from compile_modes.graph.cumulative import exportable
 from compile_modes.graph.dual import DualModule
+from compile_modes.graph.snapshot import foreign_generators
 
 _VECTORS = 4  # random modes in which a result is run beside the model
 
@@ -79,20 +84,25 @@ def export(
         raise messages.NOT_EAGER.error(kind=type(model).__name__)
     _check_names(model)
     modes, before = flags(model), _digest(model)
-    programs = {}
+    programs: dict[bool, ExportedProgram] = {}
+    readers: set[str] = set()
+
+    def exported(training: bool) -> ExportedProgram:
+        with mode_reads(model, readers):
+            return _export(model, training, args, kwargs, dynamic_shapes)
 
     def probed(vector: Vector) -> ExportedProgram:
         for name, submodule in model.named_modules():
             submodule.training = vector(name)
-        return _export(model, vector(""), args, kwargs, dynamic_shapes)
+        return exported(vector(""))
 
     try:
         for training in (False, True):
             model.train(training)
-            programs[training] = _export(model, training, args, kwargs, dynamic_shapes)
+            programs[training] = exported(training)
         if _digest(model) != before:
             raise messages.STATE_CHANGES.error(kind=type(model).__name__)
-        explorer = Explorer(model, probed) if probe else None
+        explorer = Explorer(model, probed, readers) if probe else None
         signature = inspect.signature(model.forward)
         module = assemble(programs[True], programs[False], modes, explorer=explorer, forward=signature, guess=not probe)
     finally:
@@ -137,12 +147,17 @@ def _digest(model: nn.Module) -> list[str]:
     return digests
 
 
+def _not_assigned(why: str) -> ExportError:
+    return messages.ASSIGNED.error(why=why, where="an assignment to .data")
+
+
 def _export(model: nn.Module, training: bool, args: Any, kwargs: Any, dynamic_shapes: Any) -> ExportedProgram:
     """The program of the modes that a model is in; ``training`` is the root's."""
     hooks = dict(_compat.BUFFER_HOOKS)
+    before = {name: (set_state, state) for name, set_state, state in foreign_generators()}
     try:
         kwargs = dict(kwargs) if kwargs is not None else None
-        with exportable(model), faithful():
+        with exportable(model), faithful(), data_is_traced(_not_assigned):
             program = keeping_assignments(
                 model, lambda: torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
             )
@@ -152,5 +167,13 @@ def _export(model: nn.Module, training: bool, args: Any, kwargs: Any, dynamic_sh
         for leaked in _compat.BUFFER_HOOKS.keys() - hooks.keys():
             del _compat.BUFFER_HOOKS[leaked]
         mode = "train" if training else "eval"
-        raise messages.EXPORT_FAILED.error(mode=mode, error=summary(error), kind=type(model).__name__) from error
+        raise messages.EXPORT_FAILED.error(mode=mode, error=summary(error), where=place_of(error, model)) from error
+    after = {name: state for name, _, state in foreign_generators()}
+    drawn = [name for name, (_, state) in before.items() if pickle.dumps(state) != pickle.dumps(after[name])]
+    for name in drawn:
+        set_state, state = before[name]
+        set_state(state)
+    if drawn:
+        mode = "train" if training else "eval"
+        raise messages.DRAWN_IN_PYTHON.error(mode=mode, generators=" and ".join(drawn), kind=type(model).__name__)
     return settled(program)

@@ -30,7 +30,8 @@ def settled(program: ExportedProgram) -> ExportedProgram:
     Dropouts whose input was kept apart from their result are noted: no use of the one stands for a use of the other.
 
     Raises:
-        ExportError: torch.export has lost a region, so that an op would run in another grad mode than in eager.
+        ExportError: torch.export has lost a region, so that an op would run in another grad mode than in eager, or the
+            backward of an ``autograd.Function``.
     """
     modes: dict[Body | None, bool | None] = {None: True}
     for body in View(program.graph_module).bodies:
@@ -52,6 +53,10 @@ def _settle(body: Body, grad_mode: bool | None) -> None:
         added = node.target is _COPY_ and node.all_input_nodes[0].op == "placeholder"
         computes = isinstance(node.target, OpOverload) and bool(node.target._schema.returns) and not added
         if marked and computes and grad_mode not in (None, marked[exporting.GRAD]):
+            if marked[exporting.FUNCTION]:
+                raise messages.LOST_BACKWARD.error(
+                    function=marked[exporting.FUNCTION], node=node.name, owner=body.view.owner[node]
+                )
             ours, eager = ("enabled", "disabled") if grad_mode else ("disabled", "enabled")
             raise messages.LOST_REGION.error(node=node.name, owner=body.view.owner[node], ours=ours, eager=eager)
         if marked.get(exporting.ALIAS):

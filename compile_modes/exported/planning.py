@@ -10,9 +10,9 @@ from torch import fx, nn
 from compile_modes import _compat, messages
 from compile_modes.errors import ModeWarning
 from compile_modes.graph.aliases import reused
-from compile_modes.graph.explain import overriding
+from compile_modes.graph.explain import beside, overriding
 from compile_modes.graph.finding import find
-from compile_modes.graph.owners import is_batch_norm
+from compile_modes.graph.owners import is_batch_norm, is_observing
 from compile_modes.graph.regions import regions, samplers
 from compile_modes.graph.requests import check_probabilities, no_match, owner_matches
 from compile_modes.graph.sites import KEPT, Site, note
@@ -35,6 +35,7 @@ class Plan:
         overriding: classes of the model that override ``train()``, which a bound module does not call.
         gone: modules of which an eval export has nothing, except for those that ``keep`` names.
         unclear: random numbers that may or may not depend on mode.
+        written: buffers of a train program that are written, and may or may not be in eval.
         counting: sites that keep their literal, but whose counter follows their owner.
         supplied: probabilities that the export has lost and the caller knows.
     """
@@ -53,15 +54,34 @@ class Plan:
     inverted: set[Site] = field(default_factory=set)
     counting: list[Site] = field(default_factory=list)
     gone: list[str] = field(default_factory=list)
+    written: list[str] = field(default_factory=list)
 
 
 def plan_binding(
-    view: View, keep: Sequence[str], dropout_p: Mapping[str, float] | None = None, gone: Sequence[str] = ()
+    view: View,
+    keep: Sequence[str],
+    dropout_p: Mapping[str, float] | None = None,
+    gone: Sequence[str] = (),
+    *,
+    decomposed: bool = False,
 ) -> Plan:
+    """Decides what :func:`bind` does; raises what it raises.
+
+    Args:
+        view: the graphs.
+        keep, dropout_p: as for :func:`bind`.
+        gone: modules of which an eval export has nothing.
+        decomposed: whether the program is, so that whose statistics a write updates can't be told.
+    """
     keep = (keep,) if isinstance(keep, str) else keep
     found = find(view)
     drawn = _unclear(view)
-    kept = _kept(found, keep, {*gone, *(view.owner[node] for node in drawn)})
+    # Of a batch norm without a site, whose result nobody reads, the counter is here.
+    writes = [] if decomposed else beside(view, found)
+    written = [(path, view.owner[n]) for n, path in writes if not is_batch_norm(n) and not is_observing(n)]
+    kept = _kept(
+        found, keep, {*gone, *(view.owner[node] for node in drawn), *(name for names in written for name in names)}
+    )
     was_inverted = {site for site in found if note(site.node).get("inverted") and not site.bound}
     modes, chosen, odd = _choose([site for site in found if site not in kept])
     supplied = _supplied(found, dropout_p)
@@ -85,6 +105,7 @@ def plan_binding(
         supplied,
         was_inverted & set(bindable),
         gone=[name for name in gone if not _matches_any(name, [*keep, *fused])],
+        written=_unasked(written, keep) if first and any(modes.values()) else [],
     )
 
 
@@ -99,6 +120,12 @@ def _kept(found: list[Site], keep: Sequence[str], other_owners: set[str]) -> set
             raise no_match(pattern, owners, "keep")
     kept = {site for site in found if _matches_any(site.owner, keep)}
     return {site for site in found if not site.bound and (site in kept or note(site.node).get("mode") == KEPT)}
+
+
+def _unasked(written: list[tuple[str, str]], keep: Sequence[str]) -> list[str]:
+    """The buffers that the caller has not said to be written in both modes, by their names or by their writers'."""
+    said = {path for path, owner in written if _matches_any(path, keep) or _matches_any(owner, keep)}
+    return sorted({path for path, _ in written} - said)
 
 
 def _matches_any(owner: str, patterns: Sequence[str]) -> bool:
@@ -179,7 +206,7 @@ def _check_names(root: nn.Module, owners: Iterable[str]) -> None:
 
 def complaints(plan: Plan) -> list[ModeWarning]:
     """What will not follow ``train()`` and ``eval()``, a warning for each reason."""
-    said = (_stuck(plan), _uncounted(plan), _reused(plan), _overriding(plan), _unsaid(plan))
+    said = (_stuck(plan), _uncounted(plan), _reused(plan), _overriding(plan), _unsaid(plan), _writing(plan))
     return [warning for warning in said if warning is not None]
 
 
@@ -194,6 +221,12 @@ def _unsaid(plan: Plan) -> ModeWarning | None:
         return None
     owners = sorted({repr(plan.view.owner[node]) for node in plan.unclear})
     return messages.RANDOM_IN_BOTH.warning(owners=", ".join(owners[:5]))
+
+
+def _writing(plan: Plan) -> ModeWarning | None:
+    if not plan.written:
+        return None
+    return messages.WRITTEN_IN_BOTH.warning(buffers=", ".join(map(repr, plan.written[:5])))
 
 
 def _stuck(plan: Plan) -> ModeWarning | None:

@@ -208,10 +208,9 @@ def _complaints(request: Request, training: bool | None) -> list[ModeWarning]:
         computed = [s for s in modes if s.training is None and not s.modeless and s not in request.overridden]
         stuck += [(s, s.refusal(training)) for s in computed]
     program = plan.program if plan is not None else bool(request.view.root.training)
-    unclear = plan.unclear if plan is not None and calming else []
-    concerned = Plan(
-        request.view, False, program, {}, waking, stuck, [], set(), unclear=unclear, overriding=overriding(waking)
-    )
+    concerned = Plan(request.view, False, program, {}, waking, stuck, [], set(), overriding=overriding(waking))
+    if plan is not None and calming:
+        concerned.unclear, concerned.written = plan.unclear, plan.written
     same = plan is not None and bool(plan.modes) and plan.program is training and not request.changed
     return [*planning.complaints(concerned), *([] if same else request.remarks)]
 

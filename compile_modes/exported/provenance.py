@@ -25,11 +25,12 @@ class Source:
         guess: bool = False,
         followers: Collection[str] | None = None,
         deciders: Collection[str] = (),
+        readers: Collection[str] | None = None,
     ) -> None:
         #: how several programs make one module; JSON can hold it
         self.known = {
             "together": together, "guess": guess, "followers": None if followers is None else sorted(followers),
-            "deciders": sorted(deciders),
+            "deciders": sorted(deciders), "readers": None if readers is None else sorted(readers),
         }  # fmt: skip
         self.programs, self.keep, self.dropout_p = dict(programs), list(keep), dict(dropout_p or {})
         self.code: list[str] = []
@@ -44,6 +45,11 @@ class Source:
         """Makes this the source of a module, as it is now."""
         self.code = _code(module)
         module.meta[_KEY] = self
+
+    @property
+    def explored(self) -> bool:
+        """Whether more than two exports have told who decides."""
+        return self.known["readers"] is not None
 
     def made(self, module: nn.Module) -> bool:
         """Whether a module still has the graphs that it was made with."""

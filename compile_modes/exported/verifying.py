@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from compile_modes import _compat, messages
@@ -11,6 +11,7 @@ from compile_modes._compat.cache import is_compiled
 from compile_modes.errors import VerifyError
 from compile_modes.exported.beside import compared
 from compile_modes.exported.comparing import Tolerance, VerifyReport
+from compile_modes.exported.provenance import Source
 from compile_modes.graph import calls
 from compile_modes.graph.cumulative import is_cumulative
 from compile_modes.graph.dual import DualModule
@@ -121,6 +122,10 @@ def verify_export(
 
 def _python_decides(module: nn.Module) -> bool:
     """Whether the two programs of an export differ in more than flags."""
-    if isinstance(module, DualModule):
-        return True
-    return any(node.target is calls.switch for node in View(module).nodes())
+    source = Source.of(module)
+    assert source is not None
+    return isinstance(module, DualModule) or source.explored or any(map(_is_switch, View(module).nodes()))
+
+
+def _is_switch(node: fx.Node) -> bool:
+    return node.target is calls.switch

@@ -55,8 +55,8 @@ class DualModule(nn.Module):
 
     def follow(self, names: Collection[str]) -> None:
         """Has submodules warn when they are put into another mode than the root's, which decides about them here."""
-        for name in names:
-            module = dict(self.named_modules(remove_duplicate=False)).get(name) if name else None
+        for name in sorted(filter(None, names)):
+            module = dict(self.named_modules(remove_duplicate=False)).get(name) or _added(self, name)
             if type(module) is nn.Module:
                 module.__class__ = Follower
                 module.__dict__["_follows"] = (self, name)
@@ -86,6 +86,17 @@ class DualModule(nn.Module):
             program._modules.update(self._modules)
             program._parameters, program._buffers = self._parameters, self._buffers
             program._non_persistent_buffers_set = self._non_persistent_buffers_set
+
+
+def _added(root: DualModule, name: str) -> nn.Module | None:
+    """A submodule that no program has; None if the name is taken by something else."""
+    path, _, leaf = name.rpartition(".")
+    parent = (root.get_submodule(path) if path in dict(root.named_modules()) else _added(root, path)) if path else root
+    if parent is None or hasattr(parent, leaf):
+        return None
+    parent.add_module(leaf, nn.Module())
+    root._link()
+    return parent.get_submodule(leaf)
 
 
 class Follower(nn.Module):

@@ -166,7 +166,7 @@ def _plain(value: Any) -> Any:
 
 
 def _remarks(view: View, found: list[Site]) -> list[str]:
-    known = {node for site in found for node in (site.node, site.step, *(site.region.nodes if site.region else ()))}
+    known = _known(found)
     lines: list[str] = list(getattr(view.root, "meta", {}).get(REMARKS, ()))
     lines += [messages.NOT_CALLED.reason(kind=name) for name in overriding(found)]
     lines += [messages.MAY_BE_ONE.reason(site=site) for site in found if reused(site)]
@@ -176,10 +176,26 @@ def _remarks(view: View, found: list[Site]) -> list[str]:
         for node in samplers(body):
             if node not in known and node.target not in _compat.UNCONDITIONAL_HOPS:
                 lines.append(messages.DRAWS.reason(op=node.target, owner=view.owner[node]))
-        for node in body.graph.nodes:
-            for path in _written(body, node) if node not in known and lookup(node.target) is None else ():
-                lines.append(messages.WRITES.reason(op=node.target, path=path, owner=view.owner[node]))
-    return lines
+    writes = beside(view, found)
+    return lines + [messages.WRITES.reason(op=n.target, path=path, owner=view.owner[n]) for n, path in writes]
+
+
+def beside(view: View, found: Iterable[Site]) -> list[tuple[fx.Node, str]]:
+    """The nodes that write to buffers in both modes and are no part of a site, with the paths of the buffers."""
+    known, writes = _known(found), []
+    for body in view.bodies:  # callers first
+        if body.caller in known:
+            known.update(body.graph.nodes)
+        for node in body.graph.nodes if not body.gated else ():
+            if node not in known and lookup(node.target) is None:
+                writes += [(node, path) for path in _written(body, node)]
+    return writes
+
+
+def _known(found: Iterable[Site]) -> set[fx.Node]:
+    """All nodes that belong to sites."""
+    parts = (part for site in found for part in (site.node, site.step, *(site.region.nodes if site.region else ())))
+    return {part for part in parts if part is not None}
 
 
 def _written(body: Body, node: fx.Node) -> list[str]:

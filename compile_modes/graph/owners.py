@@ -61,6 +61,16 @@ def _class(kind: type | str) -> type[nn.Module] | None:
     return found if isinstance(found, type) and issubclass(found, nn.Module) else None
 
 
+def is_observing(node: fx.Node) -> bool:
+    """Whether one of the modules around a node is an observer or a fake quantizer of torch or torchao.
+
+    These write their statistics whatever their mode; what stops them is a switch of their own.
+    """
+    kinds = (node.meta.get("nn_module_stack") or {}).values()
+    names = [kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}" for _, kind in kinds]
+    return any(name.startswith(("torch.ao.quantization.", "torchao.quantization.")) for name in names)
+
+
 def is_batch_norm(node: fx.Node) -> bool | None:
     """Whether that submodule is one of torch's batch norms, or derived from one; None if its class is not known.
 

@@ -64,6 +64,12 @@ def _generators() -> Iterator[tuple[Callable[[Any], Any], Any]]:
     yield torch.set_rng_state, torch.get_rng_state()
     if torch.cuda.is_initialized():
         yield torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()
-    yield random.setstate, random.getstate()
+    for _, set_state, state in foreign_generators():
+        yield set_state, state
+
+
+def foreign_generators() -> Iterator[tuple[str, Callable[[Any], Any], Any]]:
+    """The generators that are not torch's: what each is called, what sets its state, and the state."""
+    yield "Python's random", random.setstate, random.getstate()
     if (numpy := sys.modules.get("numpy")) is not None:
-        yield numpy.random.set_state, numpy.random.get_state()
+        yield "NumPy", numpy.random.set_state, numpy.random.get_state()

@@ -195,3 +195,8 @@ MAY_HAVE_LOST_NO_GRAD = Warn(
     "it, which it then drops: gradients may flow where eager stops them.",
     "compile_modes.export(model, args), which keeps it; or put no_grad() around the autocast region",
 )
+WRITTEN_IN_BOTH = Warn(
+    "CM240",
+    "{buffers} are written in both modes: one export, in train, can't tell whether eager writes them in eval.",
+    "compile_modes.export(model, args), which can; or keep=[buffer] if it does",
+)

@@ -20,7 +20,7 @@ EXPORT_FAILED = Error(
     "CM303",
     "the {mode} export failed: {error}",
     "make torch.export.export(model.{mode}(), args) work",
-    where="{kind}",
+    where="{where}",
     raised=ExportError,
 )
 LOST_REGION = Error(
@@ -34,7 +34,7 @@ ASSIGNED = Error(
     "CM305",
     "forward() assigns a buffer what can't be written into it: {why}",
     "write it in place: with torch.no_grad(): self.buffer.copy_(value)",
-    where="buffer {buffer!r}",
+    where="{where}",
     raised=ExportError,
 )
 GUESSED = Warn(
@@ -147,5 +147,20 @@ NAME_OF_TORCH = Error(
     "torch.export can't keep the {kind} {name!r} of the model: modules that it makes have an attribute of that name",
     "rename it, or export the model within another one: names in submodules are free",
     where="{kind} {name!r}",
+    raised=ExportError,
+)
+DRAWN_IN_PYTHON = Error(
+    "CM323",
+    "the {mode} export of the model drew random numbers from {generators}, which the program would repeat in each call",
+    "draw them from torch: torch.rand(()) in the place of random.random(), and torch.where, torch.cond or a mask where "
+    "Python branches on them",
+    where="{kind}",
+    raised=ExportError,
+)
+LOST_BACKWARD = Error(
+    "CM324",
+    "torch.export keeps what the autograd.Function {function!r} computes, and drops its backward",
+    "write it with detach(), as in x + (x.sign() - x).detach(); or as a torch.library.custom_op with register_autograd",
+    where="{node} (owner {owner!r})",
     raised=ExportError,
 )

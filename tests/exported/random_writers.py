@@ -99,7 +99,7 @@ class Caller(nn.Module):
 class Skip(nn.Module):
     """Runs its child in one mode only."""
 
-    def __init__(self, when: bool, *children: nn.Module) -> None:
+    def __init__(self, *children: nn.Module, when: bool = True) -> None:
         super().__init__()
         self.when, self.child = when, nn.Sequential(*children)
 
@@ -122,7 +122,7 @@ def build(seed: int) -> nn.Module:
         if kind < 0.7:
             return Caller(writer())
         if kind < 0.8:
-            return Skip(kind < 0.75, part(depth + 1), nn.Dropout(0.2))
+            return Skip(part(depth + 1), nn.Dropout(0.2), when=kind < 0.75)
         if kind < 0.9:
             return nn.Sequential(part(depth + 1), part(depth + 1))
         return nn.Sequential(nn.BatchNorm1d(WIDTH, momentum=0.2), nn.Dropout(0.3))

@@ -23,6 +23,7 @@ from oracle import agrees, literals, same_outputs, same_state, text
 from setups import STARTS, export, nets, twin
 
 
+@pytest.mark.filterwarnings("ignore:CM240")  # of the counter that counts in both modes, as it is meant to
 @STARTS
 @pytest.mark.parametrize(
     ("build", "x"), nets("conv", "activations", "norms", "recurrent", "regions", "unused", "counter")
@@ -33,6 +34,7 @@ def test_bound_modules_equal_eager(build, x, start):
     agrees(reference, bound, inputs=[x], tolerance=0.0)
 
 
+@pytest.mark.filterwarnings("ignore:CM240")  # of the counter that counts in both modes, as it is meant to
 @STARTS
 @pytest.mark.parametrize(
     ("build", "x"), nets("conv", "activations", "norms", "recurrent", "regions", "unused", "counter")

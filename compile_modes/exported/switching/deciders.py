@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from compile_modes.exported.switching.switches import Program, decider_between, differing
-from compile_modes.exported.switching.traces import Op, Trace, Unmatched, Vector, ancestors, depth_of, trace
+from compile_modes.exported.switching.switches import Program, differing, may_decide
+from compile_modes.exported.switching.traces import Trace, Unmatched, Vector, ancestors, depth_of, trace
 from compile_modes.graph.edits import own
 from compile_modes.graph.view import View
 
@@ -53,22 +53,25 @@ class Explored:
     deciders: set[str] = field(default_factory=set)
 
 
-def explore(model: nn.Module, evaluation: Trace, train: Trace, probe: Probe) -> Explored:
+def explore(
+    model: nn.Module, evaluation: Trace, train: Trace, probe: Probe, readers: Collection[str] | None = None
+) -> Explored:
     """Exports a model until it is told which depth decides about each op that differs, and once or twice more.
 
     Args:
         model: the eager module; its modes are changed by ``probe``.
         evaluation, train: the programs of the two modes.
         probe: exports the model in the modes that a vector says.
+        readers: the modules whose mode the model reads; may grow with each export.
     """
     found = Explored()
-    deepest = max((depth_of(op.owner) for op in differing(evaluation, train)), default=0)
+    deepest = max(map(depth_of, (*(op.owner for op in differing(evaluation, train)), *(readers or ()))), default=0)
     traces: dict[float, Trace] = {-1: evaluation, math.inf: train}
 
     def refine(low: float, high: float) -> None:
         ops = differing(traces[low], traces[high])
         top = int(min(high, deepest))
-        if not any(min(depth_of(op.owner), top) > low + 1 for op in ops):
+        if top <= low + 1 or all(len(may_decide(op.owner, low, high, readers)) == 1 for op in ops):
             return
         if len(found.programs) == _MOST:
             raise Unmatched("modules of too many depths decide")
@@ -84,24 +87,17 @@ def explore(model: nn.Module, evaluation: Trace, train: Trace, probe: Probe) -> 
     for low, high in itertools.pairwise(sorted(traces)):
         before = set(traces[low].ops)
         for op in differing(traces[low], traces[high]):
-            decider = _decider(op, low, high)
-            found.deciders.add(decider)
-            hidden |= op in before and depth_of(op.owner) > depth_of(decider)
+            deciders = may_decide(op.owner, low, high, readers)
+            found.deciders.update(deciders)
+            hidden |= op in before and any(depth_of(op.owner) > depth_of(name) for name in deciders)
     if hidden:
-        deciders = frozenset(found.deciders)
-        found.witness = Witness(probe(lambda name: name not in deciders), deciders)
+        asleep = frozenset(found.deciders)
+        found.witness = Witness(probe(lambda name: name not in asleep), asleep)
         new = differing(evaluation, trace(fresh(found.witness.program), found.witness.vector))
         found.deciders |= {name for op in new for name in ancestors(op.owner)}
-    vector = mixed(model, found.deciders)
+    vector = mixed(model, found.deciders, readers or ())
     found.check = vector, fresh(probe(vector))
     return found
-
-
-def _decider(op: Op, low: float, high: float) -> str:
-    try:
-        return decider_between(low, high)(op, [op])
-    except Unmatched:
-        return op.owner
 
 
 def depth_vector(depth: float) -> Vector:
@@ -109,10 +105,11 @@ def depth_vector(depth: float) -> Vector:
     return lambda name: depth_of(name) <= depth
 
 
-def mixed(model: nn.Module, deciders: Collection[str]) -> Vector:
-    """Modes in which neighbours differ: modules side by side, and what is first in a module and the module itself.
+def mixed(model: nn.Module, deciders: Collection[str], readers: Collection[str]) -> Vector:
+    """Modes in which what was taken to decide is in eval, every other time, and all else that reads its mode trains.
 
-    Those that decide differ in turn, so that what one of them decides isn't taken for what the next one does.
+    So an op that depends on both shows. Of other modules, those side by side differ, and what is first in a module and
+    the module itself.
     """
     modes = {"": True}
 
@@ -123,7 +120,8 @@ def mixed(model: nn.Module, deciders: Collection[str]) -> Vector:
             visit(path, child)
 
     visit("", model)
-    modes |= {name: not index % 2 for index, name in enumerate(sorted(deciders))}
+    modes |= dict.fromkeys(readers, True)
+    modes |= {name: bool(index % 2) for index, name in enumerate(sorted(deciders))}
     return lambda name: modes.get(name, True)
 
 

@@ -1,7 +1,7 @@
 """One graph for what Python decides by ``training``, module by module: switches between programs of several modes."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -11,7 +11,7 @@ from compile_modes.exported.switching.aligning import align, probability
 from compile_modes.exported.switching.checking import all_ops, compare, observe
 from compile_modes.exported.switching.emitting import emit, prune
 from compile_modes.exported.switching.merging import Decide, merge
-from compile_modes.exported.switching.traces import Op, Trace, Unmatched, Vector, depth_of, prefix, trace
+from compile_modes.exported.switching.traces import Op, Trace, Unmatched, Vector, ancestors, depth_of, trace
 from compile_modes.exported.switching.trees import Tree
 from compile_modes.exported.switching.verdicts import decided
 from compile_modes.graph.owners import module_path
@@ -57,11 +57,17 @@ class OneGraph:
     Args:
         programs: at least that of eval mode (depth -1) and of train mode (depth infinite), by depth.
         witness: a program, and its modes, in which what runs in eval only is in the mode of train.
+        readers: the modules whose mode the model reads; None if that isn't known.
         guess: whether the module around all that differs in one place is taken for the one that decides.
     """
 
     def __init__(
-        self, programs: Sequence[Program], witness: tuple[Vector, fx.GraphModule] | None = None, *, guess: bool = False
+        self,
+        programs: Sequence[Program],
+        witness: tuple[Vector, fx.GraphModule] | None = None,
+        *,
+        readers: Collection[str] | None = None,
+        guess: bool = False,
     ) -> None:
         self.programs, self.guess = programs, guess
         first = trace(programs[0].root, programs[0].vector)
@@ -72,9 +78,8 @@ class OneGraph:
                 raise Unmatched(different)
         self.follows_owners = True  # whether each op that differs is decided by the module that it is of
         for before, after in itertools.pairwise(programs):
-            pieces = merge(
-                self.tree, trace(after.root, after.vector), decider_between(before.depth, after.depth, guess=guess)
-            )
+            decide = decider_between(before.depth, after.depth, readers, guess=guess)
+            pieces = merge(self.tree, trace(after.root, after.vector), decide)
             self.follows_owners &= all(op.owner == p.decider for p in pieces for op in (*p.old, *p.new))
         prune(self.tree)
         if witness is not None:
@@ -116,22 +121,35 @@ class OneGraph:
         return merged
 
 
-def decider_between(low: float, high: float, *, guess: bool = False) -> Decide:
+def decider_between(low: float, high: float, readers: Collection[str] | None = None, *, guess: bool = False) -> Decide:
     """Who decides what differs between two programs, if the modules that are ``low < depth <= high`` differ in mode."""
 
     def decide(op: Op | None, stretch: Sequence[Op]) -> str:
         if guess:
             return _around([op.owner for op in stretch])
-        depth = int(min(depth_of(op.owner), high)) if op is not None else 0
-        if depth <= low:
-            of = f"{op.node.target} (owner {op.owner!r})" if op is not None else "what is returned"
+        of = f"{op.node.target} (owner {op.owner!r})" if op is not None else "what is returned"
+        may = may_decide(op.owner if op is not None else "", low, high, readers)
+        if not may:
             raise Unmatched(f"{of} depends on the mode of a module inside of its own")
-        if depth > low + 1:
-            assert op is not None
-            raise Unmatched(f"which module decides about {op.node.target} (owner {op.owner!r})")
-        return prefix(op.owner, depth) if op is not None else ""
+        if len(may) > 1:
+            raise Unmatched(f"which module decides about {of}")
+        return may[0]
 
     return decide
+
+
+def may_decide(owner: str, low: float, high: float, readers: Collection[str] | None = None) -> list[str]:
+    """The modules that may decide about an op: its owner and those around it, or else another one that reads its mode.
+
+    Args:
+        owner: the module whose op it is.
+        low, high: the modules that differ in mode are ``low < depth <= high``.
+        readers: the modules whose mode the model reads; None if that isn't known.
+    """
+    around = [name for name in ancestors(owner) if low < depth_of(name) <= high]
+    if readers is None:
+        return around
+    return [n for n in around if n in readers] or sorted(n for n in readers if low < depth_of(n) <= high)
 
 
 def _around(owners: Sequence[str]) -> str:
