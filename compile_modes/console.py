@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -78,6 +79,45 @@ def progress(title: str, steps: Sequence[str], show: bool) -> Iterator[Callable[
         names = iter(steps)
         task = bar.add_task(_described(title, names), total=len(steps))
         yield lambda: bar.update(task, advance=1, description=_described(title, names))
+
+
+@contextlib.contextmanager
+def counter(title: str, *, show: bool, after: int) -> Iterator[Callable[[], None]]:
+    """A line on the terminal that counts steps whose number isn't known, and their time; gone afterwards.
+
+    >>> with counter("exports", show=False, after=2) as count:
+    ...     count()
+
+    Args:
+        title: what is counted.
+        show: whether to draw anything; nothing is drawn without rich, or if stderr is no terminal.
+        after: how many steps are not worth a line.
+
+    Returns:
+        A context manager that gives the function to call after each step.
+    """
+    rich = _rich("progress", "console") if show and sys.stderr.isatty() else None
+    if rich is None:
+        yield lambda: None
+        return
+    columns = (
+        rich["progress"].TextColumn("{task.completed} {task.description}", markup=False),
+        rich["progress"].TimeElapsedColumn(),
+    )
+    bar = rich["progress"].Progress(*columns, console=rich["console"].Console(stderr=True), transient=True)
+    task, done = bar.add_task(title, total=None), 0
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        bar.update(task, completed=done)
+        if done == after:
+            bar.start()
+
+    try:
+        yield count
+    finally:
+        bar.stop()
 
 
 def _described(title: str, names: Iterator[str]) -> str:

@@ -39,6 +39,19 @@ def test_progress_names_the_step_in_hand_on_stderr(capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
+def test_a_counter_is_drawn_on_terminals_once_there_is_something_to_count(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    for terminal, steps in ((False, 3), (True, 2), (True, 4)):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        with console.counter("exports", show=True, after=3) as count:
+            for _ in range(steps):
+                count()
+        assert ("4 exports" in capsys.readouterr().err) is (terminal and steps == 4)
+    with console.counter("exports", show=False, after=1) as count:
+        count()
+    assert capsys.readouterr().err == ""
+
+
 def test_without_rich_only_tables_fail(monkeypatch, capsys):
     program = torch.export.export(Small(3), (torch.randn(2, 3),))
     monkeypatch.setitem(sys.modules, "rich.table", None)

@@ -14,6 +14,7 @@ one for autocast.
 """
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
@@ -21,6 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 from torch._export.passes import replace_set_grad_with_hop_pass as grad_pass
+from torch.autograd.function import BackwardCFunction
 from torch.fx.experimental import proxy_tensor
 from torch.overrides import TorchFunctionMode
 
@@ -49,11 +51,8 @@ def exact(returns_input: Callable[[Any, tuple[Any, ...], dict[str, Any]], bool])
         (inference, "__enter__", _enter_as_grad_mode(inference.__enter__)),
         (inference, "__exit__", _exit_as_grad_mode(inference.__exit__)),
     ]
-    apply = vars(torch.autograd.Function)["apply"]
     with _exporting, torch.inference_mode(False), torch.enable_grad():
         originals = [(holder, name, getattr(holder, name)) for holder, name, _ in replaced]
-        replaced.append((torch.autograd.Function, "apply", _named(apply)))
-        originals.append((torch.autograd.Function, "apply", apply))
         try:
             for holder, name, value in replaced:
                 setattr(holder, name, value)
@@ -96,31 +95,23 @@ def _marking(original: _Call, returns_input: Callable[..., bool]) -> _Call:
             if node is last:
                 break
             own = node.target is torch.ops.aten.alias.default and aliased
-            marked = {GRAD: torch.is_grad_enabled(), ALIAS: own, FUNCTION: _functions[-1] if _functions else ""}
+            marked = {GRAD: torch.is_grad_enabled(), ALIAS: own, FUNCTION: _function()}
             node.meta["custom"] = {**(node.meta.get("custom") or {}), MARK: marked}
         return result
 
     return proxy_call
 
 
-_functions: list[str] = []  # those that run, in the one export at a time
-
-
-def _named(original: Any) -> Any:
-    """``Function.apply``, whose ops are marked with the class."""
-    thread = threading.get_ident()
-
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        call = original.__get__(None, cls)
-        if threading.get_ident() != thread:
-            return call(*args, **kwargs)
-        _functions.append(cls.__qualname__)
-        try:
-            return call(*args, **kwargs)
-        finally:
-            _functions.pop()
-
-    return classmethod(apply)
+def _function() -> str:
+    """The ``autograd.Function`` whose ``forward(ctx, ...)`` runs, without gradients; ``""`` if there is none."""
+    frame = None if torch.is_grad_enabled() else sys._getframe()
+    while frame is not None:
+        code = frame.f_code
+        first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if isinstance(first, BackwardCFunction):
+            return type(first).__name__.removesuffix("Backward")
+        frame = frame.f_back
+    return ""
 
 
 def _looking_past_autocast(original: _Call) -> _Call:

@@ -29,16 +29,16 @@ def mode_reads(model: nn.Module, found: set[str]) -> Iterator[None]:
         model: the model.
         found: names are added to it.
     """
-    names: dict[int, list[str]] = {}
+    names: dict[int, list[str]] = {}  # by their attributes: torch.export passes proxies around, which share these
     for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(id(module), []).append(name)
+        names.setdefault(id(vars(module)), []).append(name)
     here = threading.get_ident()
 
     def read(module: nn.Module) -> bool:
-        if threading.get_ident() == here and id(module) in names:
+        if threading.get_ident() == here and id(vars(module)) in names:
             reader = sys._getframe(1).f_code.co_filename
             if not reader.startswith(_TORCH) or (reader.startswith(_LAYERS) and module._modules):
-                found.update(names[id(module)])
+                found.update(names[id(vars(module))])
         try:
             return bool(module.__dict__["training"])
         except KeyError:

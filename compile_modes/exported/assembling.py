@@ -152,8 +152,7 @@ def _merged(
     train, evaluation = roots
     seen = (witness.vector, fresh(witness.program)) if witness is not None else None
     graph = OneGraph(chain(dict(between), evaluation, train), seen, readers=readers, guess=guess)
-    if explored is not None and explored.check is not None:
-        vector, root = explored.check
+    for vector, root in explored.checks if explored is not None else ():
         graph.compare(root, vector)
     return graph
 

@@ -1,32 +1,21 @@
 """``export``: both modes of an eager model, in one graph with flags where that is exact, in two graphs otherwise."""
 
+import functools
 import inspect
-import pickle
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from torch.export import ExportedProgram
 
-from compile_modes import _compat, messages
-from compile_modes._compat.data import data_is_traced
+from compile_modes import messages
 from compile_modes._compat.exporting import is_taken
-from compile_modes._compat.readers import mode_reads
-from compile_modes.errors import ExportError, summary
 from compile_modes.exported.assembling import Explorer, assemble, say_guessed
-from compile_modes.exported.assigned import keeping_assignments
-from compile_modes.exported.comparing import VerifyReport
-from compile_modes.exported.failing import place_of
-from compile_modes.exported.faithful import faithful, settled
-from compile_modes.exported.provenance import flags, set_flags
-from compile_modes.exported.switching.traces import Vector
+from compile_modes.exported.exporter import Exporter
 from compile_modes.exported.verifying import verify_export
-from compile_modes.graph.cumulative import exportable
 from compile_modes.graph.dual import DualModule
-from compile_modes.graph.snapshot import foreign_generators
 
-_VECTORS = 4  # random modes in which a result is run beside the model
+_VECTORS = 8  # random modes in which a result is run beside the model
 
 
 def export(
@@ -37,6 +26,7 @@ def export(
     dynamic_shapes: Any = None,
     probe: bool = True,
     verify: bool | None = None,
+    progress: bool = True,
 ) -> nn.Module:
     """Exports both modes of an eager model into one module whose ``train()`` and ``eval()`` are exact.
 
@@ -65,6 +55,7 @@ def export(
         verify: whether to run the result beside the model, as :func:`verify` does, which takes some calls of both. None
             does where Python decides. One graph that isn't equal in some modes becomes two programs. With
             ``probe=False``, they are run in train and eval alone.
+        progress: whether to show on a terminal how many exports it takes, where two are not enough; with rich only.
 
     Returns:
         A module with the submodules, ``state_dict`` and modes of ``model``.
@@ -83,43 +74,22 @@ def export(
     if not isinstance(model, nn.Module) or isinstance(model, torch.fx.GraphModule):
         raise messages.NOT_EAGER.error(kind=type(model).__name__)
     _check_names(model)
-    modes, before = flags(model), _digest(model)
-    programs: dict[bool, ExportedProgram] = {}
-    readers: set[str] = set()
-
-    def exported(training: bool) -> ExportedProgram:
-        with mode_reads(model, readers):
-            return _export(model, training, args, kwargs, dynamic_shapes)
-
-    def probed(vector: Vector) -> ExportedProgram:
-        for name, submodule in model.named_modules():
-            submodule.training = vector(name)
-        return exported(vector(""))
-
-    try:
-        for training in (False, True):
-            model.train(training)
-            programs[training] = exported(training)
-        if _digest(model) != before:
-            raise messages.STATE_CHANGES.error(kind=type(model).__name__)
-        explorer = Explorer(model, probed, readers) if probe else None
-        signature = inspect.signature(model.forward)
-        module = assemble(programs[True], programs[False], modes, explorer=explorer, forward=signature, guess=not probe)
-    finally:
-        model.train(modes[""])  # for models whose train() does more
-        set_flags(model, modes)
+    signature = inspect.signature(model.forward)
+    with Exporter(model, args, kwargs, dynamic_shapes, progress=progress) as exporter:
+        train, evaluation = exporter.both()
+        explorer = Explorer(model, exporter.probe, exporter.readers) if probe else None
+        modes = exporter.modes
+        module = assemble(train, evaluation, modes, explorer=explorer, forward=signature, guess=not probe)
     if not probe:
         say_guessed(module)
-
-    def differs(module: nn.Module) -> VerifyReport | None:
-        report = verify_export(module, model, args, kwargs or {}, asked=verify, vectors=_VECTORS if probe else 0)
-        return report if report is not None and report.first is not None else None
-
-    report = differs(module)
-    if report is not None and probe and not isinstance(module, DualModule):
-        # Right with the whole model in one mode at least, with no module followed that isn't known.
-        module = assemble(programs[True], programs[False], modes, forward=signature, together=False, followers=modes)
-        report = differs(module)
+    compare = functools.partial(
+        verify_export, model=model, args=args, kwargs=kwargs or {}, asked=verify, vectors=_VECTORS if probe else 0
+    )
+    report = compare(module)
+    if probe and report is not None and report.first is not None and not isinstance(module, DualModule):
+        # Right with the whole model in one mode, maybe: then no submodule is followed of which it isn't known.
+        module = assemble(train, evaluation, modes, forward=signature, together=False, followers=modes)
+        report = compare(module)
     if report is not None and report.first is not None:
         error = messages.EXPORT_NOT_EQUAL.error(report=report, where=report.first.where)
         error.report = report
@@ -134,46 +104,3 @@ def _check_names(model: nn.Module) -> None:
         for name in named:
             if is_taken(name):
                 raise messages.NAME_OF_TORCH.error(kind=kind, name=name)
-
-
-def _digest(model: nn.Module) -> list[str]:
-    """Tells the state of a model from another one, without a copy."""
-    digests = []
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_meta or nn.parameter.is_lazy(tensor) or tensor.is_complex():
-            continue
-        values = tensor.detach().double()
-        digests.append(f"{tensor.data_ptr()} {values.sum().item()} {values.abs().sum().item()}")
-    return digests
-
-
-def _not_assigned(why: str) -> ExportError:
-    return messages.ASSIGNED.error(why=why, where="an assignment to .data")
-
-
-def _export(model: nn.Module, training: bool, args: Any, kwargs: Any, dynamic_shapes: Any) -> ExportedProgram:
-    """The program of the modes that a model is in; ``training`` is the root's."""
-    hooks = dict(_compat.BUFFER_HOOKS)
-    before = {name: (set_state, state) for name, set_state, state in foreign_generators()}
-    try:
-        kwargs = dict(kwargs) if kwargs is not None else None
-        with exportable(model), faithful(), data_is_traced(_not_assigned):
-            program = keeping_assignments(
-                model, lambda: torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
-            )
-    except ExportError:
-        raise
-    except Exception as error:  # whatever the model, or export on its account, raises
-        for leaked in _compat.BUFFER_HOOKS.keys() - hooks.keys():
-            del _compat.BUFFER_HOOKS[leaked]
-        mode = "train" if training else "eval"
-        raise messages.EXPORT_FAILED.error(mode=mode, error=summary(error), where=place_of(error, model)) from error
-    after = {name: state for name, _, state in foreign_generators()}
-    drawn = [name for name, (_, state) in before.items() if pickle.dumps(state) != pickle.dumps(after[name])]
-    for name in drawn:
-        set_state, state = before[name]
-        set_state(state)
-    if drawn:
-        mode = "train" if training else "eval"
-        raise messages.DRAWN_IN_PYTHON.error(mode=mode, generators=" and ".join(drawn), kind=type(model).__name__)
-    return settled(program)

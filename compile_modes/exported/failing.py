@@ -18,7 +18,8 @@ def place_of(error: BaseException, model: nn.Module) -> str:
         code = frame.f_code
         module = frame.f_locals.get("self")
         if id(module) in names and not code.co_filename.startswith(_TORCH):
-            found = f", in {names[id(module)] or 'the root'!r} ({os.path.basename(code.co_filename)}:{line})"
+            name = names[id(module)]
+            found = f"{f', in {name!r}' if name else ''} ({os.path.basename(code.co_filename)}:{line})"
     return type(model).__name__ + found
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import compile_modes as cm
+from exported.vectors import agree_in_modes, random_modes
 from oracle import agrees
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(3))
@@ -137,3 +138,47 @@ def test_a_buffer_of_the_root_that_is_assigned_in_a_region(around):
     model = Average()
     model.load_state_dict(module.state_dict())
     agrees(model, module, inputs=[torch.randn(3, 4)], flips=2, tolerance=0.0)
+
+
+class Center(nn.Module):
+    """As DINO's centre and the codebooks of vector quantizers: written by its ``.data``."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.register_buffer("center", torch.zeros(4))
+
+    def forward(self, x):
+        y = x - self.center
+        if self.training:
+            new = self.center * 0.9 + x.detach().mean(0) * 0.1
+            if self.how == "assign":
+                self.center.data = new
+            elif self.how == "copy":
+                self.center.data.copy_(new)
+            else:
+                self.center.data[:2] = new[:2]
+        return y
+
+
+@pytest.mark.parametrize("how", ["assign", "copy", "index"])
+def test_data_is_written(how):
+    model = nn.Sequential(nn.Linear(4, 4), Center(how))
+    reference = copy.deepcopy(model)
+    module = cm.export(model, (X,))
+    assert agree_in_modes(reference, module, X, random_modes(reference, 4)) == 0
+    assert "data" not in vars(torch.Tensor)
+
+
+def test_data_of_another_shape_is_refused():
+    class Grows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(1))
+
+        def forward(self, x):
+            self.seen.data = x.detach().mean(0)
+            return x
+
+    with pytest.raises(cm.ExportError, match=r"^CM305: .* shape \(4,\) for .* shape \(1,\)\n  where: an assignment to"):
+        cm.export(Grows(), (X,))

@@ -1,6 +1,9 @@
 import copy
+import random
+import re
 import warnings
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -259,10 +262,48 @@ def test_a_failing_train_export_is_reported_with_its_cause():
             return x * float(x.sum()) if self.training and x.sum() > 0 else x
 
     model = Failing().eval()
-    with pytest.raises(cm.ExportError, match=r"the train export failed: .*\n.*Failing\n.*model.train\(\)") as caught:
+    with pytest.raises(cm.ExportError, match=r"the train export failed: .*\n.*\n.*model.train\(\)") as caught:
         cm.export(model, (VECTORS,))
     assert caught.value.__cause__ is not None
     assert not model.training
+    assert re.search(r"where: Failing \(test_exporting.py:\d+\)\n", str(caught.value))
+    with pytest.raises(cm.ExportError, match=r"where: Sequential, in '1' \(test_exporting.py:\d+\)\n"):
+        cm.export(nn.Sequential(nn.Linear(4, 4), Failing()), (VECTORS,))
+
+
+@pytest.mark.parametrize("draw", [random.random, numpy.random.rand], ids=["random", "numpy"])
+def test_numbers_that_are_not_torchs_are_refused(draw):
+    class Dropped(nn.Module):
+        def forward(self, x):
+            return x if self.training and draw() < 0.5 else x.tanh()
+
+    random.seed(0)
+    numpy.random.seed(0)
+    expected = draw()
+    random.seed(0)
+    numpy.random.seed(0)
+    name = "Python's random" if draw is random.random else "NumPy"
+    with pytest.raises(cm.ExportError, match=f"^CM323: the train export of the model drew random numbers from {name}"):
+        cm.export(Dropped(), (VECTORS,))
+    assert draw() == expected
+
+
+def test_the_function_whose_backward_is_lost_is_named():
+    class Sign(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.sign()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    class Binarize(nn.Module):
+        def forward(self, x):
+            return Sign.apply(x)
+
+    with pytest.raises(cm.ExportError, match=r"^CM324: .*the autograd.Function 'Sign'.*\n  where: sign \(owner '1'\)"):
+        cm.export(nn.Sequential(nn.Linear(4, 4), Binarize()), (VECTORS,))
 
 
 @pytest.mark.parametrize("thing", ["exported", "model", None])

@@ -11,7 +11,7 @@ from torch import nn
 from torch._inductor import config as inductor_config
 
 import compile_modes as cm
-from compile_modes.exported import exporting, pairing
+from compile_modes.exported import exporter, pairing
 from compile_modes.graph.dual import DualModule
 from exported.python_decides import GaussianNoise
 from exported.random_writers import X as WRITERS_X
@@ -530,7 +530,7 @@ MUTATIONS = {
 def test_what_torch_export_loses_is_found_where_it_is_not_kept(fault, monkeypatch):
     build, name, without, where = MUTATIONS[fault]
     assert cm.export(nn.Sequential(build()), (X,), verify=True) is not None
-    monkeypatch.setattr(exporting, name, without)
+    monkeypatch.setattr(exporter, name, without)
     with pytest.raises(cm.VerifyError, match=r"^CM321") as caught:
         cm.export(nn.Sequential(build()), (X,), verify=True)
     assert f"{caught.value.report.first.what} {caught.value.report.first.name!r}" == where

@@ -43,20 +43,20 @@ class Explored:
     Attributes:
         programs: by the depth down to which modules trained.
         witness: shows what runs in eval only, if modules other than those that decide have ops there.
-        check: a program in yet other modes, and these, to compare with.
+        checks: programs in yet other modes, and these, to compare with.
         deciders: modules that decide something by their own mode, as far as it was found out.
     """
 
     programs: dict[int, ExportedProgram] = field(default_factory=dict)
     witness: Witness | None = None
-    check: tuple[Vector, fx.GraphModule] | None = None
+    checks: list[tuple[Vector, fx.GraphModule]] = field(default_factory=list)
     deciders: set[str] = field(default_factory=set)
 
 
 def explore(
     model: nn.Module, evaluation: Trace, train: Trace, probe: Probe, readers: Collection[str] | None = None
 ) -> Explored:
-    """Exports a model until it is told which depth decides about each op that differs, and once or twice more.
+    """Exports a model until it is told which depth decides about each op that differs, and one to three times more.
 
     Args:
         model: the eager module; its modes are changed by ``probe``.
@@ -95,8 +95,10 @@ def explore(
         found.witness = Witness(probe(lambda name: name not in asleep), asleep)
         new = differing(evaluation, trace(fresh(found.witness.program), found.witness.vector))
         found.deciders |= {name for op in new for name in ancestors(op.owner)}
-    vector = mixed(model, found.deciders, readers or ())
-    found.check = vector, fresh(probe(vector))
+    others = set(readers or ()) - found.deciders
+    for training in (False, True) if len(found.deciders | others) > 1 else (False,):
+        vector = mixed(model, found.deciders, others, training)
+        found.checks.append((vector, fresh(probe(vector))))
     return found
 
 
@@ -105,11 +107,17 @@ def depth_vector(depth: float) -> Vector:
     return lambda name: depth_of(name) <= depth
 
 
-def mixed(model: nn.Module, deciders: Collection[str], readers: Collection[str]) -> Vector:
-    """Modes in which what was taken to decide is in eval, every other time, and all else that reads its mode trains.
+def mixed(model: nn.Module, deciders: Collection[str], others: Collection[str], training: bool) -> Vector:
+    """Modes in which what was taken to decide is in one, every other time, and what else is read is in the other.
 
     So an op that depends on both shows. Of other modules, those side by side differ, and what is first in a module and
     the module itself.
+
+    Args:
+        model: the eager module.
+        deciders: modules that were taken to decide.
+        others: other modules whose mode the model reads.
+        training: the mode of the first of ``deciders``.
     """
     modes = {"": True}
 
@@ -120,8 +128,8 @@ def mixed(model: nn.Module, deciders: Collection[str], readers: Collection[str])
             visit(path, child)
 
     visit("", model)
-    modes |= dict.fromkeys(readers, True)
-    modes |= {name: bool(index % 2) for index, name in enumerate(sorted(deciders))}
+    modes |= dict.fromkeys(others, not training)
+    modes |= {name: bool(index % 2) is not training for index, name in enumerate(sorted(deciders))}
     return lambda name: modes.get(name, True)
 
 

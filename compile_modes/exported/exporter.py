@@ -1,0 +1,133 @@
+"""An eager model, exported in one combination of modes after another."""
+
+import pickle
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from compile_modes import _compat, messages
+from compile_modes._compat.data import data_is_traced
+from compile_modes._compat.readers import mode_reads
+from compile_modes.console import counter
+from compile_modes.errors import ExportError, summary
+from compile_modes.exported.assigned import keeping_assignments
+from compile_modes.exported.failing import place_of
+from compile_modes.exported.faithful import faithful, settled
+from compile_modes.exported.provenance import flags, set_flags
+from compile_modes.exported.switching.traces import Vector
+from compile_modes.graph.cumulative import exportable
+from compile_modes.graph.snapshot import foreign_generators
+from compile_modes.logs import logger
+
+
+class Exporter:
+    """Exports of one model; within it, the model is in the modes of the last one, and afterwards as it was.
+
+    Args:
+        model: the eager module.
+        args, kwargs, dynamic_shapes: as for ``torch.export.export``.
+        progress: whether to show how many exports it takes, if more than the usual two.
+
+    Attributes:
+        modes: those that the model had, by submodule.
+        readers: the modules whose mode it has read in the exports so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any] | None,
+        dynamic_shapes: Any,
+        *,
+        progress: bool = False,
+    ) -> None:
+        self.model, self.args, self.kwargs = model, args, dict(kwargs) if kwargs is not None else None
+        self.dynamic_shapes, self.progress = dynamic_shapes, progress
+        self.modes, self.readers = flags(model), set[str]()
+        self._state, self._resources = _digest(model), ExitStack()
+        self._count: Callable[[], None] = lambda: None
+
+    def __enter__(self) -> "Exporter":
+        self._count = self._resources.enter_context(counter("exports", show=self.progress, after=2))
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._resources.close()
+        self.model.train(self.modes[""])  # for models whose train() does more
+        set_flags(self.model, self.modes)
+
+    def both(self) -> tuple[ExportedProgram, ExportedProgram]:
+        """The programs of train and of eval mode.
+
+        Raises:
+            ExportError: as :func:`compile_modes.export` does.
+        """
+        programs = {}
+        for training in (False, True):
+            self.model.train(training)
+            programs[training] = self._export(training)
+        if _digest(self.model) != self._state:
+            raise messages.STATE_CHANGES.error(kind=type(self.model).__name__)
+        return programs[True], programs[False]
+
+    def probe(self, vector: Vector) -> ExportedProgram:
+        """The program of other modes; raises ExportError as well."""
+        for name, submodule in self.model.named_modules():
+            submodule.training = vector(name)
+        return self._export(vector(""))
+
+    def _export(self, training: bool) -> ExportedProgram:
+        """The program of the modes that the model is in; ``training`` is the root's."""
+        mode, kind = "train" if training else "eval", type(self.model).__name__
+        hooks, generators = dict(_compat.BUFFER_HOOKS), list(foreign_generators())
+        start = time.perf_counter()
+        try:
+            with exportable(self.model), faithful(), data_is_traced(_refused), mode_reads(self.model, self.readers):
+                program = keeping_assignments(self.model, self._run)
+        except ExportError:
+            raise
+        except Exception as error:  # whatever the model, or export on its account, raises
+            for leaked in _compat.BUFFER_HOOKS.keys() - hooks.keys():
+                del _compat.BUFFER_HOOKS[leaked]
+            where = place_of(error, self.model)
+            raise messages.EXPORT_FAILED.error(mode=mode, error=summary(error), where=where) from error
+        if drawn := _drawn_since(generators):
+            raise messages.DRAWN_IN_PYTHON.error(mode=mode, generators=" and ".join(drawn), kind=kind)
+        self._count()
+        logger.info("export of %s with the root in %s: %.1f s", kind, mode, time.perf_counter() - start)
+        return settled(program)
+
+    def _run(self) -> ExportedProgram:
+        return torch.export.export(self.model, self.args, self.kwargs, dynamic_shapes=self.dynamic_shapes, strict=False)
+
+
+def _refused(why: str) -> ExportError:
+    return messages.ASSIGNED.error(why=why, where="an assignment to .data")
+
+
+def _drawn_since(generators: list[tuple[str, Callable[[Any], Any], Any]]) -> list[str]:
+    """The generators that have other states now, which are put back."""
+    drawn = []
+    now = {name: pickle.dumps(state) for name, _, state in foreign_generators()}
+    for name, set_state, state in generators:
+        if now[name] != pickle.dumps(state):
+            set_state(state)
+            drawn.append(name)
+    return drawn
+
+
+def _digest(model: nn.Module) -> list[str]:
+    """Tells the state of a model from another one, without a copy."""
+    digests = []
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_meta or nn.parameter.is_lazy(tensor) or tensor.is_complex():
+            continue
+        values = tensor.detach().double()
+        digests.append(f"{tensor.data_ptr()} {values.sum().item()} {values.abs().sum().item()}")
+    return digests

@@ -1,0 +1,182 @@
+"""Who decides, where that isn't the module whose op it is: another one that has its mode read, or two together."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import compile_modes as cm
+from compile_modes._compat.readers import mode_reads
+from compile_modes.graph.dual import DualModule, Follower
+from exported.vectors import agree_in_modes, random_modes
+
+X = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(4))
+
+
+class Patches(nn.Module):
+    """Takes some of the rows in train, so that sizes are others in what comes behind."""
+
+    def forward(self, x):
+        return x[:, torch.randperm(x.shape[1])[:3]] if self.training else x
+
+
+class Mean(nn.Module):
+    def forward(self, x):
+        return x.sum(1) / x.shape[1]
+
+
+class Siblings(nn.Module):
+    """What is in the block follows the flag of a module beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.patches, self.between, self.block = nn.Linear(4, 4), Patches(), nn.Identity(), Mean()
+
+    def forward(self, x):
+        return self.block(self.patches(self.fc(x)))
+
+
+class Norm(nn.Module):
+    """Decides in a method that is called from outside."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+
+    def update(self, x):
+        if self.training:
+            self.mean.mul_(0.9).add_(x.detach().mean((0, 1)), alpha=0.1)
+
+    def forward(self, x):
+        return x - self.mean.clone()
+
+
+class Policy(nn.Module):
+    def __init__(self, depth):
+        super().__init__()
+        self.norm = Norm()
+        for _ in range(depth):
+            self.norm = nn.Sequential(self.norm)
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        norm = self.norm
+        while isinstance(norm, nn.Sequential):
+            norm = norm[0]
+        norm.update(x)
+        return self.fc(norm(x))
+
+
+class Child(nn.Module):
+    """The flag of a child, or of several, decides about the root's own op."""
+
+    def __init__(self, decide):
+        super().__init__()
+        self.decide, self.fc, self.a, self.b = decide, nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.a(self.fc(x))
+        return self.b(x * 2 if self.decide(self) else x)
+
+
+class OnlyInEval(nn.Module):
+    """Runs a part in eval only, which has modes of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(5)
+        self.attention = nn.MultiheadAttention(4, 2, dropout=0.4, batch_first=True)
+
+    def forward(self, x):
+        x = self.fc(x)
+        return x if self.training else self.attention(self.norm(x), x, x, need_weights=False)[0]
+
+
+ONE = {
+    "siblings": Siblings,
+    "method": lambda: Policy(0),
+    "method-below": lambda: Policy(2),
+    "child": lambda: Child(lambda net: net.b.training),
+    "only-in-eval": OnlyInEval,
+}
+TWO = {
+    "and": lambda net: net.training and net.a.training,
+    "or": lambda net: net.b.training or net.fc.training,
+}
+
+
+@pytest.mark.parametrize("kind", ONE)
+def test_one_graph_follows_it(kind):
+    model = ONE[kind]()
+    reference = copy.deepcopy(model)
+    module = cm.export(model, (X,), verify=False)
+    assert isinstance(module, torch.fx.GraphModule)
+    assert agree_in_modes(reference, module, X, random_modes(reference, 8), tolerance=1e-7) == 0
+    again = copy.deepcopy(module)
+    assert agree_in_modes(reference, again, X, random_modes(reference, 2, 1), tolerance=1e-7) == 0
+
+
+def test_what_runs_in_eval_only_is_loaded_with_its_modes(tmp_path):
+    model = OnlyInEval()
+    reference = copy.deepcopy(model)
+    cm.save(cm.export(model, (X,)), tmp_path / "model.pt2")
+    module = cm.load(tmp_path / "model.pt2")
+    assert agree_in_modes(reference, module, X, random_modes(reference, 8), tolerance=1e-7) == 0
+
+
+@pytest.mark.parametrize("kind", TWO)
+@pytest.mark.parametrize("verify", [None, False])
+def test_of_two_together_each_warns(kind, verify):
+    model = Child(TWO[kind])
+    reference = copy.deepcopy(model)
+    module = cm.export(model, (X,), verify=verify)
+    assert isinstance(module, DualModule)
+    followers = {name for name, m in module.named_modules() if isinstance(m, Follower)}
+    assert followers == ({"a"} if kind == "and" else {"b", "fc"})
+    assert 0 < agree_in_modes(reference, module, X, random_modes(reference, 8)) < 10
+
+
+def test_a_module_that_no_program_has_is_there_to_warn():
+    class Halves(nn.Module):
+        """In each mode a program of its own, by a module without state."""
+
+        def __init__(self):
+            super().__init__()
+            self.chooses, self.fc = nn.Identity(), nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = self.fc(x)
+            return (y, y.sum()) if self.chooses.training else y
+
+    module = cm.export(Halves(), (X,))
+    with pytest.warns(cm.ModeWarning, match="CM307: .*'chooses'"):
+        module.chooses.eval()
+
+
+def test_reads_of_torchs_own_layers_do_not_count():
+    class Reads(nn.Module):
+        def forward(self, x):
+            return x + 1 if self.training else x
+
+    model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(5), nn.Sequential(Reads()), nn.Identity())
+    found = set()
+    with mode_reads(model, found):
+        model(X)
+        copied = copy.deepcopy(model)
+    assert found == {"2.0"}
+    assert "training" not in vars(nn.Module)
+    assert copied.eval().training is False
+    assert model.training
+
+
+def test_what_is_wrong_in_mixed_modes_alone_becomes_two_programs(monkeypatch):
+    """By whom it is decided was not found: here, because no reads are seen and no other modes are looked at."""
+    from compile_modes.exported import assembling
+
+    monkeypatch.setattr(assembling.OneGraph, "compare", lambda *_: None)
+    model = Child(TWO["and"])
+    reference = copy.deepcopy(model)
+    module = cm.export(model, (X,))
+    assert isinstance(module, DualModule)
+    assert agree_in_modes(reference, module, X, random_modes(reference, 8)) > 0
