@@ -1,6 +1,7 @@
 """docs/limits.md holds: each limit that is said to be warned of, or refused, is provoked, and answers by its code."""
 
 import io
+import random
 import re
 import warnings
 from pathlib import Path
@@ -229,6 +230,8 @@ PROVOKED = {
     (19, "CM302"): lambda: cm.export(Merging(4, 4), (X,)),
     (19, "CM303"): lambda: cm.export(Called(lambda self, x: x.item() if self.training else x), (X,)),
     (19, "CM305"): lambda: cm.export(Assigns(), (X,)),
+    (19, "CM323"): lambda: cm.export(Called(lambda self, x: x * random.random()), (X,)),
+    (19, "CM324"): lambda: cm.export(Linear(Called(lambda self, x: Stopping.apply(x))), (X,)),
     (20, "CM306"): lambda: cm.export(Called(jitters), (X,), probe=False),
     (20, "CM307"): lambda: cm.export(nn.Sequential(Either()), (X,)).get_submodule("0").eval(),
     (19, "CM321"): lambda: cm.export(Counting(), (X,), verify=True),
