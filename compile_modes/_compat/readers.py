@@ -35,6 +35,10 @@ def mode_reads(model: nn.Module, found: set[str]) -> Iterator[None]:
     here = threading.get_ident()
 
     def read(module: nn.Module) -> bool:
+        if (
+            torch.compiler.is_dynamo_compiling()
+        ):  # Dynamo, which traces the branches of torch.cond, follows no more than this
+            return module.__dict__["training"]  # type: ignore[no-any-return]
         if threading.get_ident() == here and id(vars(module)) in names:
             reader = sys._getframe(1).f_code.co_filename
             if not reader.startswith(_TORCH) or (reader.startswith(_LAYERS) and module._modules):

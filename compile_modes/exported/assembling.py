@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,19 +12,16 @@ from torch.export import ExportedProgram
 from compile_modes import messages
 from compile_modes.errors import ExportError
 from compile_modes.exported.arguments import take_names
-from compile_modes.exported.binding import carry_out
+from compile_modes.exported.known import bind_known, bind_merged
 from compile_modes.exported.pairing import Pairing, pair
-from compile_modes.exported.planning import Plan, plan_binding
 from compile_modes.exported.provenance import Source, set_flags
 from compile_modes.exported.switching.deciders import Explored, Probe, Witness, chain, depth_vector, explore, fresh
-from compile_modes.exported.switching.switches import Merged, OneGraph, differing
+from compile_modes.exported.switching.switches import OneGraph, differing
 from compile_modes.exported.switching.traces import Unmatched, trace
+from compile_modes.exported.two_programs import Side, explore_side, two, two_of_sides
 from compile_modes.graph.dual import DualModule, share
-from compile_modes.graph.edits import hoist_constants
-from compile_modes.graph.finding import find, sites
+from compile_modes.graph.finding import sites
 from compile_modes.graph.folding import fold
-from compile_modes.graph.sites import HARD_CODED, KEPT, Site, add_note
-from compile_modes.graph.view import View
 
 
 @dataclass(frozen=True)
@@ -48,6 +45,7 @@ def assemble(
     modes: Mapping[str, bool],
     between: Mapping[int, ExportedProgram] | None = None,
     witness: Witness | None = None,
+    sides: Sequence[Side] = (),
     *,
     explorer: Explorer | None = None,
     forward: inspect.Signature | None = None,
@@ -63,6 +61,7 @@ def assemble(
         modes: those it starts with, by submodule.
         between: exports with modules training down to some depth.
         witness: the export that shows what runs in eval only, if there is one.
+        sides: exports of two programs with submodules in other modes than the root's, if there are any.
         explorer: makes such exports, where they are needed.
         forward: the signature of the model, if it is at hand.
         guess: whether to take the owners of ops for the modules that decide about them, without such exports.
@@ -91,17 +90,21 @@ def assemble(
             if explorer is not None and explored is not None:
                 unclear = set(explorer.readers) - (set() if why.owners else _with_sites(*roots))
                 followers = explored.deciders | unclear
-            roots = fresh(train), fresh(evaluation)
-            for root in roots:
-                take_names(root, forward)
+                sides, followers = _sides(explorer, (train, evaluation), followers)
     if module is None:
-        module = _dual(*roots, difference, witness)
+        module = _two(train, evaluation, difference, witness, sides, readers, forward)
         module.follow(_owners(train, evaluation) if followers is None else followers)
     set_flags(module, modes)
     programs = {"train": train, "eval": evaluation, **{f"depth_{depth}": p for depth, p in between.items()}}
-    deciders: Collection[str] = ()
-    if witness is not None:
-        programs["witness"], deciders = witness.program, witness.deciders
+    deciders: dict[str, list[str]] = {}
+    witnesses = {"witness": witness}
+    for side in sides:
+        name = "train" if side.mode else "eval"
+        programs |= {f"{name}_depth_{depth:g}": p for depth, p in side.programs.items()}
+        witnesses[f"{name}_witness"] = side.witness
+    for name, seen in witnesses.items():
+        if seen is not None:
+            programs[name], deciders[name] = seen.program, sorted(seen.deciders)
     known: dict[str, Any] = {"together": together, "guess": guess, "followers": followers, "readers": readers}
     Source(programs, deciders=deciders, **known).stay_with(module)
     return module
@@ -111,12 +114,59 @@ def reassemble(
     programs: Mapping[str, ExportedProgram], modes: Mapping[str, bool], known: Mapping[str, Any]
 ) -> nn.Module:
     """:func:`assemble` from the programs of a :class:`Source`, by their names there."""
-    names = [name for name in programs if name.startswith("depth_")]
-    between = {int(name.removeprefix("depth_")): programs[name] for name in names}
     known = dict(known)
-    deciders = frozenset(known.pop("deciders", ()))
-    witness = Witness(programs["witness"], deciders) if "witness" in programs else None
-    return assemble(programs["train"], programs["eval"], modes, between, witness, **known)
+    deciders = known.pop("deciders", {})
+
+    def by_depth(start: str) -> dict[float, ExportedProgram]:
+        names = [name for name in programs if name.startswith(start)]
+        return {float(name.removeprefix(start)): programs[name] for name in names}
+
+    def witness(name: str) -> Witness | None:
+        return Witness(programs[name], frozenset(deciders[name])) if name in programs else None
+
+    between = {int(depth): program for depth, program in by_depth("depth_").items()}
+    named = {"train": True, "eval": False}
+    sides = [Side(mode, by_depth(f"{name}_depth_"), witness(f"{name}_witness")) for name, mode in named.items()]
+    sides = [side for side in sides if side.programs]
+    return assemble(programs["train"], programs["eval"], modes, between, witness("witness"), sides, **known)
+
+
+def _sides(
+    explorer: Explorer, programs: tuple[ExportedProgram, ExportedProgram], followers: set[str]
+) -> tuple[list[Side], set[str]]:
+    """What two programs can know of submodules that decide; and those that follow the root all the same."""
+    if not followers - {""}:
+        return [], followers
+    try:
+        sides = [
+            explore_side(explorer.model, mode, program, explorer.probe, explorer.readers)
+            for mode, program in zip((True, False), programs, strict=True)
+        ]
+        for side in sides:
+            side.merged(explorer.readers)
+    except (Unmatched, ExportError):
+        return [], followers
+    return sides, set()
+
+
+def _two(
+    train: ExportedProgram,
+    evaluation: ExportedProgram,
+    difference: str,
+    witness: Witness | None,
+    sides: Sequence[Side],
+    readers: Collection[str] | None,
+    forward: inspect.Signature | None,
+) -> DualModule:
+    if sides:
+        ours, theirs = (side.merged(readers) for side in sides)
+        for graph in (ours, theirs):
+            take_names(graph.root, forward)
+        return two_of_sides(ours, theirs, difference)
+    roots = fresh(train), fresh(evaluation)
+    for root in roots:
+        take_names(root, forward)
+    return two(*roots, difference, witness)
 
 
 def _explored(explorer: Explorer, roots: tuple[fx.GraphModule, fx.GraphModule]) -> Explored:
@@ -166,103 +216,18 @@ def _switched(roots: tuple[fx.GraphModule, fx.GraphModule], graph: OneGraph) -> 
     """Binds the train program as the merged one."""
     train, evaluation = roots
     share(train, evaluation)
-    merged = graph.emit()
-    return _carry_out(
-        train,
-        merged,
-        merged.switches,
-        lost=merged.lost,
-        counts_in_both=lambda site: site.node in merged.kept_steps,
-        counts_in_train=lambda site: site.node in merged.counting,
-    )
+    return bind_merged(train, graph.emit())
 
 
 def _single(root: nn.Module, found: Pairing) -> nn.Module:
     """Binds the train program as the pairing says."""
-    return _carry_out(
+    return bind_known(
         root,
         found,
         [fold(region, body) for region, body in found.left_out],
         counts_in_both=lambda site: site.step in found.kept_steps,
         counts_in_train=lambda site: site.step in found.left_out_steps,
     )
-
-
-def _carry_out(
-    root: nn.Module,
-    found: Pairing | Merged,
-    calls: Sequence[fx.Node],
-    *,
-    lost: Mapping[fx.Node, float] | None = None,
-    counts_in_both: Callable[[Site], bool],
-    counts_in_train: Callable[[Site], bool],
-) -> nn.Module:
-    """Binds a train program of which both exports are known.
-
-    Args:
-        root: the module of the program.
-        found: which sites follow their owner's flag, which its reverse, and which none.
-        calls: further nodes that follow it: folded regions and switches.
-        lost: probabilities that nodes have in train and don't show.
-        counts_in_both: whether the counter of a site steps in both modes.
-        counts_in_train: whether that of a site with a literal steps in train only.
-    """
-    view = View(root)
-    by_node = {site.node: site for site in find(view)}
-    bindable = [by_node[node] for node in (*found.bound, *found.inverted, *calls)]
-    for site in by_node.values():
-        if site.step is not None and counts_in_both(site):  # the model's own statement
-            add_note(site.step, mode=KEPT)
-            site.step = None
-    odd = [by_node[node] for node in found.fixed]
-    odd += [site for site in by_node.values() if site.region is not None]  # a mask that eval has as well
-    probabilities = {by_node[node]: p for node, p in {**found.inverted, **(lost or {})}.items() if p is not None}
-    plan = _plan(view, bindable, odd, {by_node[node] for node in found.inverted}, probabilities)
-    plan.counting = [site for site in odd if site.step is not None and counts_in_train(site)]
-    carry_out(plan)
-    return root
-
-
-def _plan(view: View, bindable: list[Site], odd: list[Site], inverted: set[Site], supplied: dict[Site, float]) -> Plan:
-    modes = {site.owner: True for site in bindable}
-    return Plan(view, True, True, modes, bindable, [], odd, set(), supplied=supplied, inverted=inverted)
-
-
-def _dual(train: Any, evaluation: Any, difference: str, witness: Witness | None) -> DualModule:
-    """Binds both programs to the same flags."""
-    for root, mode in ((train, True), (evaluation, False)):
-        for site in sites(root):
-            if site.training is (not mode):  # all flags had the program's mode, so this is no flag
-                add_note(site.node, mode=HARD_CODED)
-    lost = _compare_by_owner(train, evaluation)
-    if witness is not None:
-        lost = {**_compare_by_owner(fresh(witness.program), evaluation), **lost}
-    carry_out(plan_binding(View(train), ()))
-    for root in (train, evaluation):
-        hoist_constants(root)
-    share(train, evaluation)
-    carry_out(plan_binding(View(evaluation), (), lost))
-    return DualModule(train, evaluation, difference)
-
-
-def _compare_by_owner(train: nn.Module, evaluation: nn.Module) -> dict[str, float]:
-    """What programs that can't be paired say of each other, site by site within an owner that has the same in both.
-
-    Notes flags of the train program that are hard-coded; returns the attention dropout that the eval program has lost.
-    """
-    lost: dict[str, set[float]] = {}
-    grouped: list[dict[tuple[str, str], list[Site]]] = [{}, {}]
-    for groups, root in zip(grouped, (train, evaluation), strict=True):
-        for site in sites(root):
-            groups.setdefault((site.owner, site.op.family), []).append(site)
-    for key, ours in grouped[0].items():
-        theirs: Sequence[Site] = grouped[1].get(key, ())
-        for a, b in zip(ours, theirs, strict=False) if len(ours) == len(theirs) else ():
-            if a.training is b.training is not None:
-                add_note(a.node, mode=HARD_CODED)
-            elif a.op.family == "attention" and a.p:
-                lost.setdefault(a.owner, set()).add(a.p)
-    return {owner: probabilities.pop() for owner, probabilities in lost.items() if len(probabilities) == 1}
 
 
 def say_guessed(module: nn.Module) -> None:

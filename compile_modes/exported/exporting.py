@@ -12,8 +12,8 @@ from compile_modes import messages
 from compile_modes._compat.exporting import is_taken
 from compile_modes.exported.assembling import Explorer, assemble, say_guessed
 from compile_modes.exported.exporter import Exporter
+from compile_modes.exported.provenance import Source
 from compile_modes.exported.verifying import verify_export
-from compile_modes.graph.dual import DualModule
 
 _VECTORS = 8  # random modes in which a result is run beside the model
 
@@ -86,7 +86,9 @@ def export(
         verify_export, model=model, args=args, kwargs=kwargs or {}, asked=verify, vectors=_VECTORS if probe else 0
     )
     report = compare(module)
-    if probe and report is not None and report.first is not None and not isinstance(module, DualModule):
+    source = Source.of(module)
+    assert source is not None
+    if probe and report is not None and report.first is not None and source.switches:
         # Right with the whole model in one mode, maybe: then no submodule is followed of which it isn't known.
         module = assemble(train, evaluation, modes, forward=signature, together=False, followers=modes)
         report = compare(module)

@@ -24,13 +24,13 @@ class Source:
         together: bool = True,
         guess: bool = False,
         followers: Collection[str] | None = None,
-        deciders: Collection[str] = (),
+        deciders: Mapping[str, Sequence[str]] | None = None,
         readers: Collection[str] | None = None,
     ) -> None:
         #: how several programs make one module; JSON can hold it
         self.known = {
             "together": together, "guess": guess, "followers": None if followers is None else sorted(followers),
-            "deciders": sorted(deciders), "readers": None if readers is None else sorted(readers),
+            "deciders": dict(deciders or {}), "readers": None if readers is None else sorted(readers),
         }  # fmt: skip
         self.programs, self.keep, self.dropout_p = dict(programs), list(keep), dict(dropout_p or {})
         self.code: list[str] = []
@@ -50,6 +50,11 @@ class Source:
     def explored(self) -> bool:
         """Whether more than two exports have told who decides."""
         return self.known["readers"] is not None
+
+    @property
+    def switches(self) -> bool:
+        """Whether submodules decide by their own mode, in one graph or in each of two."""
+        return bool(self.known["together"]) or any("_depth_" in name for name in self.programs)
 
     def made(self, module: nn.Module) -> bool:
         """Whether a module still has the graphs that it was made with."""

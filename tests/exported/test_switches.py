@@ -277,9 +277,29 @@ class Heads(nn.Module):
         return (self.out(h), self.aux(h)) if self.training else self.out(h)
 
 
-@pytest.mark.parametrize(("model", "child"), [(Heads, "book"), (lambda: Net(Either()), "parts.0")])
-def test_what_cannot_be_told_apart_warns_when_a_child_is_flipped(model, child):
-    reference, mine = model(), model()
+def test_two_programs_have_switches_inside(tmp_path):
+    reference, mine = Heads(), Heads()
+    mine.load_state_dict(reference.state_dict())
+    module = cm.export(mine, (X,))
+    assert isinstance(module, DualModule)
+    assert [site.owner for site in cm.sites(module) if site.op.family == "switch"] == ["book", "book"]
+    cm.save(module, tmp_path / "model.pt2")
+    for again in (module, copy.deepcopy(module), cm.load(tmp_path / "model.pt2")):
+        assert cm.verify(again, reference, X, vectors=12).equal
+    again = cm.load(tmp_path / "model.pt2").train()
+    again.book.eval()
+    baked = cm.bake(again.program(True))
+    reference.train()
+    reference.book.eval()
+    reference.load_state_dict(again.state_dict())
+    for ours, eager in zip(baked(X), reference(X), strict=True):
+        assert torch.equal(ours, eager)
+    assert torch.equal(baked.get_buffer("book.book"), reference.book.book)
+
+
+def test_what_cannot_be_told_apart_warns_when_a_child_is_flipped():
+    child = "parts.0"
+    reference, mine = Net(Either()), Net(Either())
     mine.load_state_dict(reference.state_dict())
     module = cm.export(mine, (X,))
     assert isinstance(module, DualModule)

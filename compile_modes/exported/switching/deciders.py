@@ -54,19 +54,26 @@ class Explored:
 
 
 def explore(
-    model: nn.Module, evaluation: Trace, train: Trace, probe: Probe, readers: Collection[str] | None = None
+    model: nn.Module,
+    evaluation: Trace,
+    train: Trace,
+    probe: Probe,
+    readers: Collection[str] | None = None,
+    root: bool | None = None,
 ) -> Explored:
     """Exports a model until it is told which depth decides about each op that differs, and one to three times more.
 
     Args:
         model: the eager module; its modes are changed by ``probe``.
-        evaluation, train: the programs of the two modes.
+        evaluation, train: the programs of the two modes; with ``root``, of submodules.
         probe: exports the model in the modes that a vector says.
         readers: the modules whose mode the model reads; may grow with each export.
+        root: the mode that the root stays in, if it does.
     """
+    start = -1 if root is None else 0
     found = Explored()
     deepest = max(map(depth_of, (*(op.owner for op in differing(evaluation, train)), *(readers or ()))), default=0)
-    traces: dict[float, Trace] = {-1: evaluation, math.inf: train}
+    traces: dict[float, Trace] = {start: evaluation, math.inf: train}
 
     def refine(low: float, high: float) -> None:
         ops = differing(traces[low], traces[high])
@@ -76,13 +83,13 @@ def explore(
         if len(found.programs) == _MOST:
             raise Unmatched("modules of too many depths decide")
         middle = top - 1 if top - low <= 3 else int(low + top) // 2
-        vector = depth_vector(middle)
+        vector = depth_vector(middle, root)
         found.programs[middle] = probe(vector)
         traces[middle] = trace(fresh(found.programs[middle]), vector)
         refine(low, middle)
         refine(middle, high)
 
-    refine(-1, math.inf)
+    refine(start, math.inf)
     hidden = False
     for low, high in itertools.pairwise(sorted(traces)):
         before = set(traces[low].ops)
@@ -91,23 +98,27 @@ def explore(
             found.deciders.update(deciders)
             hidden |= op in before and any(depth_of(op.owner) > depth_of(name) for name in deciders)
     if hidden:
-        asleep = frozenset(found.deciders)
+        asleep = frozenset(found.deciders | ({""} if root is False else set()))
         found.witness = Witness(probe(lambda name: name not in asleep), asleep)
         new = differing(evaluation, trace(fresh(found.witness.program), found.witness.vector))
         found.deciders |= {name for op in new for name in ancestors(op.owner)}
+    if root is not None and not found.deciders:
+        return found
     others = set(readers or ()) - found.deciders
     for training in (False, True) if len(found.deciders | others) > 1 else (False,):
-        vector = mixed(model, found.deciders, others, training)
+        vector = mixed(model, found.deciders, others, training, root)
         found.checks.append((vector, fresh(probe(vector))))
     return found
 
 
-def depth_vector(depth: float) -> Vector:
-    """The modes of which modules that are at most so deep train."""
-    return lambda name: depth_of(name) <= depth
+def depth_vector(depth: float, root: bool | None = None) -> Vector:
+    """The modes of which modules that are at most so deep train, but for the root if its mode is given."""
+    return lambda name: root if root is not None and not name else depth_of(name) <= depth
 
 
-def mixed(model: nn.Module, deciders: Collection[str], others: Collection[str], training: bool) -> Vector:
+def mixed(
+    model: nn.Module, deciders: Collection[str], others: Collection[str], training: bool, root: bool | None = None
+) -> Vector:
     """Modes in which what was taken to decide is in one, every other time, and what else is read is in the other.
 
     So an op that depends on both shows. Of other modules, those side by side differ, and what is first in a module and
@@ -118,6 +129,7 @@ def mixed(model: nn.Module, deciders: Collection[str], others: Collection[str], 
         deciders: modules that were taken to decide.
         others: other modules whose mode the model reads.
         training: the mode of the first of ``deciders``.
+        root: the mode of the root, if it is to have one.
     """
     modes = {"": True}
 
@@ -130,6 +142,8 @@ def mixed(model: nn.Module, deciders: Collection[str], others: Collection[str], 
     visit("", model)
     modes |= dict.fromkeys(others, not training)
     modes |= {name: bool(index % 2) is not training for index, name in enumerate(sorted(deciders))}
+    if root is not None:
+        modes[""] = root
     return lambda name: modes.get(name, True)
 
 
@@ -141,7 +155,12 @@ def fresh(program: ExportedProgram) -> fx.GraphModule:
     return root
 
 
-def chain(programs: dict[int, ExportedProgram], evaluation: fx.GraphModule, train: fx.GraphModule) -> Sequence[Program]:
-    """Programs by depth, from eval to train."""
-    between = [Program(fresh(programs[depth]), depth) for depth in sorted(programs)]
-    return [Program(evaluation, -1), *between, Program(train, math.inf)]
+def chain(
+    programs: dict[int, ExportedProgram],
+    evaluation: fx.GraphModule,
+    train: fx.GraphModule,
+    mode: bool | None = None,
+) -> Sequence[Program]:
+    """Programs by depth, from eval to train; with ``mode``, the one that the root is in, of its submodules."""
+    between = [Program(fresh(programs[depth]), depth, mode) for depth in sorted(programs)]
+    return [Program(evaluation, -1 if mode is None else 0, mode), *between, Program(train, math.inf, mode)]

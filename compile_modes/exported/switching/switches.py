@@ -42,13 +42,20 @@ class Merged:
 
 @dataclass(frozen=True)
 class Program:
-    """One export: the module of its program, and which modules trained: those that are at most so deep."""
+    """One export: the module of its program, and which modules trained: those that are at most so deep.
+
+    Attributes:
+        root: the module.
+        depth: the depth.
+        mode: the mode of the model's root, where that is another one.
+    """
 
     root: fx.GraphModule
     depth: float
+    mode: bool | None = None
 
     def vector(self, name: str) -> bool:
-        return depth_of(name) <= self.depth
+        return self.mode if self.mode is not None and not name else depth_of(name) <= self.depth
 
 
 class OneGraph:
