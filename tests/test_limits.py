@@ -214,6 +214,7 @@ PROVOKED = {
     (1, "CM235"): lambda: bound(Called(noise)),
     (1, "CM240"): lambda: bound(averaging()),
     (2, "CM233"): lambda: bound(Called(lambda self, x: (y := F.dropout(x, 0.5, self.training), y + x)), training=False),
+    (5, "CM325"): lambda: cm.export(Frozen(nn.BatchNorm1d(4)), (X,)),
     (5, "CM234"): lambda: bound(Frozen(nn.BatchNorm1d(4))),
     (6, "CM230"): lambda: bound(untracked()),
     (7, "CM230"): lambda: bound(Called(attention), training=False),

@@ -29,8 +29,12 @@ def compared(
     vectors: int,
     steps: int,
     tolerance: Tolerance,
+    kept: Mapping[str, bool] | None = None,
 ) -> VerifyReport:
-    """The report of :func:`compile_modes.verify`; raises what it raises where the two can't be compared."""
+    """The report of :func:`compile_modes.verify`; raises what it raises where the two can't be compared.
+
+    Modules in ``kept`` are in that mode throughout.
+    """
     for argument, value, least in (("vectors", vectors, 0), ("steps", steps, 1)):
         if not isinstance(value, int) or value < least:
             raise messages.NOT_A_COUNT.error(argument=argument, value=value, least=least)
@@ -42,7 +46,7 @@ def compared(
         own = dict(State.of(pair.inner).values(start))
         report.compare({CALL: None, **start}, {CALL: None, **start, **own}, {}, 0, tolerance)
         for number, modes in enumerate(_mode_vectors(model, pair.inner, vectors)):
-            pair.compare(report, modes, number, tolerance)
+            pair.compare(report, modes | {n: m for n, m in (kept or {}).items() if n in modes}, number, tolerance)
     finally:
         pair.restore()
     if not report.vectors:

@@ -36,6 +36,7 @@ class Exporter:
     Attributes:
         modes: those that the model had, by submodule.
         readers: the modules whose mode it has read in the exports so far.
+        kept: modules that its ``train()`` and ``eval()`` leave in one mode, with that.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Exporter:
     ) -> None:
         self.model, self.args, self.kwargs = model, args, dict(kwargs) if kwargs is not None else None
         self.dynamic_shapes, self.progress = dynamic_shapes, progress
-        self.modes, self.readers = flags(model), set[str]()
+        self.modes, self.readers, self.kept = flags(model), set[str](), dict[str, bool]()
         self._state, self._resources = _digest(model), ExitStack()
         self._count: Callable[[], None] = lambda: None
 
@@ -68,10 +69,12 @@ class Exporter:
         Raises:
             ExportError: as :func:`compile_modes.export` does.
         """
-        programs = {}
+        programs, left = {}, {}
         for training in (False, True):
             self.model.train(training)
+            left[training] = flags(self.model)
             programs[training] = self._export(training)
+        self.kept = {name: mode for name, mode in left[True].items() if mode is left[False][name]}
         if _digest(self.model) != self._state:
             raise messages.STATE_CHANGES.error(kind=type(self.model).__name__)
         return programs[True], programs[False]
@@ -79,7 +82,7 @@ class Exporter:
     def probe(self, vector: Vector) -> ExportedProgram:
         """The program of other modes; raises ExportError as well."""
         for name, submodule in self.model.named_modules():
-            submodule.training = vector(name)
+            submodule.training = self.kept.get(name, vector(name))
         return self._export(vector(""))
 
     def _export(self, training: bool) -> ExportedProgram:

@@ -1,6 +1,5 @@
 """``export``: both modes of an eager model, in one graph with flags where that is exact, in two graphs otherwise."""
 
-import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +10,7 @@ from torch import nn
 from compile_modes import messages
 from compile_modes._compat.exporting import is_taken
 from compile_modes.exported.assembling import Explorer, assemble, say_guessed
+from compile_modes.exported.comparing import VerifyReport
 from compile_modes.exported.exporter import Exporter
 from compile_modes.exported.provenance import Source
 from compile_modes.exported.verifying import verify_export
@@ -68,7 +68,8 @@ def export(
         VerifyError: the result, run beside the model, does something else.
 
     Warns:
-        ModeWarning: with ``probe=False``, which modules were taken to decide; or the result couldn't be verified.
+        ModeWarning: with ``probe=False``, which modules were taken to decide; or the result couldn't be verified; or
+            which submodules have one mode, whatever their flag, for the model's ``train()`` leaves them in it.
     """
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, nn.Module) or isinstance(model, torch.fx.GraphModule):
@@ -82,9 +83,14 @@ def export(
         module = assemble(train, evaluation, modes, explorer=explorer, forward=signature, guess=not probe)
     if not probe:
         say_guessed(module)
-    compare = functools.partial(
-        verify_export, model=model, args=args, kwargs=kwargs or {}, asked=verify, vectors=_VECTORS if probe else 0
-    )
+    if exporter.kept:
+        names = ", ".join(map(repr, sorted(exporter.kept)[:5])) + (", ..." if len(exporter.kept) > 5 else "")
+        messages.KEPT_BY_TRAIN.warn(kind=type(model).__name__, modules=names)
+
+    def compare(module: nn.Module) -> VerifyReport | None:
+        vectors = _VECTORS if probe else 0
+        return verify_export(module, model, args, kwargs or {}, asked=verify, vectors=vectors, kept=exporter.kept)
+
     report = compare(module)
     source = Source.of(module)
     assert source is not None

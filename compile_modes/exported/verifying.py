@@ -90,11 +90,12 @@ def verify_export(
     *,
     asked: bool | None,
     vectors: int,
+    kept: Mapping[str, bool],
 ) -> VerifyReport | None:
     """Runs what ``export`` has made beside the model, if asked to, or if not asked and Python decides in it.
 
     Differences within the tolerance of compiled code are none here: eager chooses kernels that a program doesn't have,
-    for attention in eval say.
+    for attention in eval say. Modules in ``kept`` stay in that mode.
 
     Returns:
         The report, or None if they weren't run.
@@ -112,7 +113,8 @@ def verify_export(
     if asked is None and unreal:
         return None
     try:
-        return compared(module, model, args, kwargs, vectors=vectors, steps=2, tolerance=Tolerance(None, dtypes=True))
+        tolerance = Tolerance(None, dtypes=True)
+        return compared(module, model, args, kwargs, vectors=vectors, steps=2, tolerance=tolerance, kept=kept)
     except VerifyError as error:
         if asked:
             raise

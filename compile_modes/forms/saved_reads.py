@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 from torch.utils.checkpoint import CheckpointPolicy
 
 from compile_modes.graph import calls
-from compile_modes.graph.effects import written_operands
+from compile_modes.graph.effects import is_view, viewed, written_operands
 from compile_modes.graph.sites import Site
 from compile_modes.graph.view import Body, View
 
@@ -35,7 +34,7 @@ def pin_reads(view: View, found: Iterable[Site]) -> list[fx.Node]:
     """
     sites = {site.node: site for site in found}
     operands = [s.read(name) for s in sites.values() if s.training for name in s.op.stats]
-    operands += [_viewed(value) for node in view.nodes() for value in written_operands(node)]
+    operands += [viewed(value) for node in view.nodes() for value in written_operands(node)]
     written = {path for value in operands if isinstance(value, fx.Node) and (path := view.state[value])}
     pinned = [n for body in view.bodies for n in _reads(body, written) if n not in sites and not calls.is_counter(n)]
     for node in pinned:
@@ -65,20 +64,7 @@ def _reads(body: Body, written: set[str]) -> Iterator[fx.Node]:
     for node in body.graph.nodes:
         if node.op != "call_function" or aliases.isdisjoint(node.all_input_nodes):
             continue
-        if _is_view(node.target):
+        if is_view(node.target):
             aliases.add(node)
         else:
             yield node
-
-
-def _viewed(value: Any) -> Any:
-    """What a value is a view of: ``buffer[:2] = x`` writes to the buffer."""
-    while isinstance(value, fx.Node) and value.op == "call_function" and _is_view(value.target):
-        value = value.args[0]
-    return value
-
-
-def _is_view(target: Any) -> bool:
-    if not isinstance(target, OpOverload) or target._schema.is_mutable:
-        return False
-    return any(r.alias_info is not None for r in target._schema.returns)

@@ -4,6 +4,7 @@
 call does nothing, although its body may write a buffer. A call does here what its bodies do, at any depth.
 """
 
+import operator
 from typing import Any, cast
 
 from torch import fx
@@ -50,7 +51,25 @@ def written_operands(node: fx.Node) -> list[Any]:
         return []
     arguments = cast(OpOverload, node.target)._schema.arguments
     given = dict(zip((a.name for a in arguments), node.args, strict=False)) | node.kwargs
-    return [given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    written = [given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [value for item in written for value in (item if isinstance(item, list | tuple) else (item,))]
+
+
+def viewed(value: Any) -> Any:
+    """What a value is a view of: ``buffer[:2] = x`` writes to the buffer."""
+    while isinstance(value, fx.Node) and value.op == "call_function" and _hands_on(value.target):
+        value = value.args[0]
+    return value
+
+
+def _hands_on(target: Any) -> bool:
+    return target is operator.getitem or is_view(target)
+
+
+def is_view(target: Any) -> bool:
+    if not isinstance(target, OpOverload) or target._schema.is_mutable:
+        return False
+    return any(r.alias_info is not None for r in target._schema.returns)
 
 
 def _mutable(target: Any) -> bool:

@@ -11,7 +11,7 @@ from torch._ops import OpOverload
 from compile_modes import _compat, console, messages
 from compile_modes.graph.aliases import reused
 from compile_modes.graph.dual import DualModule
-from compile_modes.graph.effects import written_operands
+from compile_modes.graph.effects import viewed, written_operands
 from compile_modes.graph.finding import find, graph_root
 from compile_modes.graph.flags import is_flag
 from compile_modes.graph.ops import lookup
@@ -201,7 +201,7 @@ def _known(found: Iterable[Site]) -> set[fx.Node]:
 def _written(body: Body, node: fx.Node) -> list[str]:
     """The paths of the buffers that a node writes to."""
     state = body.view.state
-    operands = [value for value in written_operands(node) if isinstance(value, fx.Node)]
+    operands = [value for item in written_operands(node) if isinstance(value := viewed(item), fx.Node)]
     return [path for value in operands if (path := state[value]) is not None]
 
 

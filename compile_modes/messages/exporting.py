@@ -164,3 +164,8 @@ LOST_BACKWARD = Error(
     where="{node} (owner {owner!r})",
     raised=ExportError,
 )
+KEPT_BY_TRAIN = Warn(
+    "CM325",
+    "train() and eval() of {kind} leave {modules} in one mode, and so does the exported module, whatever their flags.",
+    "export a model with a plain train(), if they are to have modes, and put them into eval after train()",
+)

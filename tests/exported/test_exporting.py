@@ -217,6 +217,32 @@ def test_keyword_arguments():
         same_outputs(Net().train(mode), module.train(mode), VECTORS, scale=torch.tensor(3.0))
 
 
+class Freezing(nn.Module):
+    """Its train() leaves a part in eval, whatever its flag was."""
+
+    def __init__(self):
+        super().__init__()
+        self.back, self.head = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), GaussianNoise(True)), nn.Linear(4, 4)
+        self.noise = GaussianNoise(True)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.back.eval()
+        return self
+
+    def forward(self, x):
+        return self.head(self.noise(self.back(x)))
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_what_the_models_train_leaves_in_eval_stays_there_and_is_named(fresh):
+    reference = Freezing()
+    model = copy.deepcopy(reference) if fresh else copy.deepcopy(reference).train()
+    with pytest.warns(cm.ModeWarning, match="CM325: train.. and eval.. of Freezing leave 'back', 'back.0', 'back.1'"):
+        module = cm.export(model, (VECTORS,))
+    agrees(reference.train(), module.train(), inputs=[VECTORS], touch=lambda m: m.train(), tolerance=0.0)
+
+
 def test_a_model_whose_train_changes_its_weights_is_refused():
     class Merging(nn.Module):
         def __init__(self):

@@ -40,6 +40,34 @@ def test_are_named(surroundings):
     assert text.startswith("CM240: '0.book' are written in both modes")
 
 
+def assigned(q):
+    q[0] = 1.0
+
+
+BEHIND = {
+    "index": assigned,
+    "view": lambda q: q.view(-1).mul_(0.5),
+    "unbind": lambda q: q.unbind(0)[1].add_(1),
+    "foreach": lambda q: torch._foreach_mul_([q], 0.5),
+}
+
+
+@pytest.mark.parametrize("write", BEHIND.values(), ids=BEHIND)
+def test_written_through_views_and_in_lists_too(write):
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("q", torch.ones(2, 4))
+
+        def forward(self, x):
+            if self.training:
+                write(self.q)
+            return x * 2
+
+    (text,) = said(export(Writes(), nn.Dropout(0.2)))
+    assert text.startswith("CM240: '0.q' are written in both modes")
+
+
 def test_for_they_are_written_in_eval_too():
     with pytest.warns(cm.ModeWarning, match="CM240"):
         module = cm.bind(export(Book("no_grad"), nn.Dropout(0.2)))
