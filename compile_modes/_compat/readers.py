@@ -19,7 +19,7 @@ _recording = threading.RLock()  # a property of a class is everybody's
 
 
 @contextlib.contextmanager
-def mode_reads(model: nn.Module, found: set[str]) -> Iterator[None]:
+def mode_reads(model: nn.Module, found: set[str], by_others: set[str]) -> Iterator[None]:
     """Notes modules of a model whose ``training`` is read in it, by all of their names.
 
     Left out are the reads of torch's own layers without children, which hand their mode to an op and do nothing else
@@ -28,6 +28,7 @@ def mode_reads(model: nn.Module, found: set[str]) -> Iterator[None]:
     Args:
         model: the model.
         found: names are added to it.
+        by_others: and to it those whose mode something else reads than a method of the module.
     """
     names: dict[int, list[str]] = {}  # by their attributes: torch.export passes proxies around, which share these
     for name, module in model.named_modules(remove_duplicate=False):
@@ -40,9 +41,14 @@ def mode_reads(model: nn.Module, found: set[str]) -> Iterator[None]:
         ):  # Dynamo, which traces the branches of torch.cond, follows no more than this
             return module.__dict__["training"]  # type: ignore[no-any-return]
         if threading.get_ident() == here and id(vars(module)) in names:
-            reader = sys._getframe(1).f_code.co_filename
+            frame = sys._getframe(1)
+            reader = frame.f_code.co_filename
             if not reader.startswith(_TORCH) or (reader.startswith(_LAYERS) and module._modules):
                 found.update(names[id(vars(module))])
+                names_of = frame.f_code.co_varnames
+                itself = frame.f_locals.get(names_of[0]) if names_of else None  # "self", as a rule
+                if not isinstance(itself, nn.Module) or vars(itself) is not vars(module):
+                    by_others.update(names[id(vars(module))])
         try:
             return bool(module.__dict__["training"])
         except KeyError:

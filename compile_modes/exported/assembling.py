@@ -32,11 +32,17 @@ class Explorer:
         model: the model.
         probe: exports it.
         readers: the modules whose mode it has read in the exports so far.
+        by_others: those whose mode something else reads than their own methods.
     """
 
     model: nn.Module
     probe: Probe
     readers: Collection[str]
+    by_others: Collection[str]
+
+    def unclear(self, *roots: fx.GraphModule) -> set[str]:
+        """The modules of which it isn't known what their mode is read for: not for an op of theirs, or not only."""
+        return (set(self.readers) - {site.owner for root in roots for site in sites(root)}) | set(self.by_others)
 
 
 def assemble(
@@ -44,7 +50,7 @@ def assemble(
     evaluation: ExportedProgram,
     modes: Mapping[str, bool],
     between: Mapping[int, ExportedProgram] | None = None,
-    witness: Witness | None = None,
+    witnesses: Sequence[Witness] = (),
     sides: Sequence[Side] = (),
     *,
     explorer: Explorer | None = None,
@@ -60,7 +66,7 @@ def assemble(
         train, evaluation: the two exports.
         modes: those it starts with, by submodule.
         between: exports with modules training down to some depth.
-        witness: the export that shows what runs in eval only, if there is one.
+        witnesses: exports in yet other modes, to compare with.
         sides: exports of two programs with submodules in other modes than the root's, if there are any.
         explorer: makes such exports, where they are needed.
         forward: the signature of the model, if it is at hand.
@@ -74,39 +80,42 @@ def assemble(
     for root in roots:
         take_names(root, forward)
     between, difference = dict(between or {}), found.difference or found.unclear
+    unclear = explorer.unclear(*roots) if explorer is not None else set()
+    if unclear and not difference:
+        difference = f"what follows the mode of {', '.join(map(repr, sorted(unclear)))}"
+    if not together:
+        difference = difference or "what they do where submodules are in different modes"
     explored: Explored | None = None
     module: nn.Module | None = None if difference else _single(roots[0], found)
     if difference and together:
         try:
             if explorer is not None:
                 explored = _explored(explorer, roots)
-                between, witness, followers = explored.programs, explored.witness, explored.deciders
+                between, witnesses, followers = explored.programs, explored.witnesses, explored.deciders
                 readers = explorer.readers
-            graph = _merged(roots, between, witness, explored, readers, guess)
+            graph = _merged(roots, between, witnesses, readers, guess)
             plain = not found.difference and graph.follows_owners  # masks, and whose they are is known now
             module = _single(roots[0], found) if plain else _switched(roots, graph)
         except Unmatched as why:
             together, difference = False, f"{difference}; {why}" if str(why) not in difference else difference
             if explorer is not None and explored is not None:
-                unclear = set(explorer.readers) - (set() if why.owners else _with_sites(*roots))
-                followers = explored.deciders | unclear
-                sides, followers = _sides(explorer, (train, evaluation), followers)
+                unclear = explorer.unclear(*roots)
+                followers = explored.deciders | (set(explorer.readers) if why.owners else unclear)
+                sides, followers = _sides(explorer, (train, evaluation), followers, unclear)
     if module is None:
-        module = _two(train, evaluation, difference, witness, sides, readers, forward)
+        module = _two(train, evaluation, difference, witnesses, sides, readers, forward)
         module.follow(_owners(train, evaluation) if followers is None else followers)
     set_flags(module, modes)
     programs = {"train": train, "eval": evaluation, **{f"depth_{depth}": p for depth, p in between.items()}}
-    deciders: dict[str, list[str]] = {}
-    witnesses = {"witness": witness}
+    seen = {f"witness_{i}": witness for i, witness in enumerate(witnesses)}
     for side in sides:
         name = "train" if side.mode else "eval"
         programs |= {f"{name}_depth_{depth:g}": p for depth, p in side.programs.items()}
-        witnesses[f"{name}_witness"] = side.witness
-    for name, seen in witnesses.items():
-        if seen is not None:
-            programs[name], deciders[name] = seen.program, sorted(seen.deciders)
+        seen |= {f"{name}_witness_{i}": witness for i, witness in enumerate(side.witnesses)}
+    programs |= {name: witness.program for name, witness in seen.items()}
+    asleep = {name: sorted(witness.asleep) for name, witness in seen.items()}
     known: dict[str, Any] = {"together": together, "guess": guess, "followers": followers, "readers": readers}
-    Source(programs, deciders=deciders, **known).stay_with(module)
+    Source(programs, asleep=asleep, **known).stay_with(module)
     return module
 
 
@@ -115,31 +124,34 @@ def reassemble(
 ) -> nn.Module:
     """:func:`assemble` from the programs of a :class:`Source`, by their names there."""
     known = dict(known)
-    deciders = known.pop("deciders", {})
+    asleep = known.pop("asleep", {})
 
     def by_depth(start: str) -> dict[float, ExportedProgram]:
         names = [name for name in programs if name.startswith(start)]
         return {float(name.removeprefix(start)): programs[name] for name in names}
 
-    def witness(name: str) -> Witness | None:
-        return Witness(programs[name], frozenset(deciders[name])) if name in programs else None
+    def witnesses(start: str) -> list[Witness]:
+        return [Witness(programs[name], frozenset(names)) for name, names in asleep.items() if name.startswith(start)]
 
     between = {int(depth): program for depth, program in by_depth("depth_").items()}
     named = {"train": True, "eval": False}
-    sides = [Side(mode, by_depth(f"{name}_depth_"), witness(f"{name}_witness")) for name, mode in named.items()]
+    sides = [Side(mode, by_depth(f"{name}_depth_"), witnesses(f"{name}_witness")) for name, mode in named.items()]
     sides = [side for side in sides if side.programs]
-    return assemble(programs["train"], programs["eval"], modes, between, witness("witness"), sides, **known)
+    return assemble(programs["train"], programs["eval"], modes, between, witnesses("witness"), sides, **known)
 
 
 def _sides(
-    explorer: Explorer, programs: tuple[ExportedProgram, ExportedProgram], followers: set[str]
+    explorer: Explorer,
+    programs: tuple[ExportedProgram, ExportedProgram],
+    followers: set[str],
+    unclear: Collection[str],
 ) -> tuple[list[Side], set[str]]:
     """What two programs can know of submodules that decide; and those that follow the root all the same."""
     if not followers - {""}:
         return [], followers
     try:
         sides = [
-            explore_side(explorer.model, mode, program, explorer.probe, explorer.readers)
+            explore_side(explorer.model, mode, program, explorer.probe, explorer.readers, unclear)
             for mode, program in zip((True, False), programs, strict=True)
         ]
         for side in sides:
@@ -153,7 +165,7 @@ def _two(
     train: ExportedProgram,
     evaluation: ExportedProgram,
     difference: str,
-    witness: Witness | None,
+    witnesses: Sequence[Witness],
     sides: Sequence[Side],
     readers: Collection[str] | None,
     forward: inspect.Signature | None,
@@ -166,13 +178,13 @@ def _two(
     roots = fresh(train), fresh(evaluation)
     for root in roots:
         take_names(root, forward)
-    return two(*roots, difference, witness)
+    return two(*roots, difference, witnesses)
 
 
 def _explored(explorer: Explorer, roots: tuple[fx.GraphModule, fx.GraphModule]) -> Explored:
     traces = trace(roots[1], depth_vector(-1)), trace(roots[0], depth_vector(math.inf))
     try:
-        return explore(explorer.model, *traces, explorer.probe, explorer.readers)
+        return explore(explorer.model, *traces, explorer.probe, explorer.readers, unclear=explorer.unclear(*roots))
     except ExportError as error:
         raise Unmatched(f"no export in which modules are in different modes: {error.cause}") from error
 
@@ -189,8 +201,7 @@ def _owners(train: ExportedProgram, evaluation: ExportedProgram) -> set[str]:
 def _merged(
     roots: tuple[fx.GraphModule, fx.GraphModule],
     between: Mapping[int, ExportedProgram],
-    witness: Witness | None,
-    explored: Explored | None,
+    witnesses: Sequence[Witness],
     readers: Collection[str] | None,
     guess: bool,
 ) -> OneGraph:
@@ -200,16 +211,8 @@ def _merged(
         Unmatched: they can't be one, or not one that agrees with another export.
     """
     train, evaluation = roots
-    seen = (witness.vector, fresh(witness.program)) if witness is not None else None
-    graph = OneGraph(chain(dict(between), evaluation, train), seen, readers=readers, guess=guess)
-    for vector, root in explored.checks if explored is not None else ():
-        graph.compare(root, vector)
-    return graph
-
-
-def _with_sites(*roots: fx.GraphModule) -> set[str]:
-    """The modules that have a use for their mode which is known."""
-    return {site.owner for root in roots for site in sites(root)}
+    seen = [(witness.vector, fresh(witness.program)) for witness in witnesses]
+    return OneGraph(chain(dict(between), evaluation, train), seen, readers=readers, guess=guess)
 
 
 def _switched(roots: tuple[fx.GraphModule, fx.GraphModule], graph: OneGraph) -> nn.Module:

@@ -36,6 +36,7 @@ class Exporter:
     Attributes:
         modes: those that the model had, by submodule.
         readers: the modules whose mode it has read in the exports so far.
+        read_by_others: those of them whose mode something else reads than their own methods.
         kept: modules that its ``train()`` and ``eval()`` leave in one mode, with that.
     """
 
@@ -50,7 +51,8 @@ class Exporter:
     ) -> None:
         self.model, self.args, self.kwargs = model, args, dict(kwargs) if kwargs is not None else None
         self.dynamic_shapes, self.progress = dynamic_shapes, progress
-        self.modes, self.readers, self.kept = flags(model), set[str](), dict[str, bool]()
+        self.modes, self.readers, self.read_by_others = flags(model), set[str](), set[str]()
+        self.kept: dict[str, bool] = {}
         self._state, self._resources = _digest(model), ExitStack()
         self._count: Callable[[], None] = lambda: None
 
@@ -91,7 +93,10 @@ class Exporter:
         hooks, generators = dict(_compat.BUFFER_HOOKS), list(foreign_generators())
         start = time.perf_counter()
         try:
-            with exportable(self.model), faithful(), data_is_traced(_refused), mode_reads(self.model, self.readers):
+            with (
+                exportable(self.model), faithful(), data_is_traced(_refused),
+                mode_reads(self.model, self.readers, self.read_by_others),
+            ):  # fmt: skip
                 program = keeping_assignments(self.model, self._run)
         except ExportError:
             raise

@@ -53,7 +53,8 @@ def export(
         probe: whether to export in more modes where Python decides. Without, the module around what differs is taken
             for the one that decides.
         verify: whether to run the result beside the model, as :func:`verify` does, which takes some calls of both. None
-            does where Python decides. One graph that isn't equal in some modes becomes two programs. With
+            does where Python decides; what ``forward`` keeps in Python (a list, a count) is moved on by these calls, as
+            by any. One graph that isn't equal in some modes becomes two programs. With
             ``probe=False``, they are run in train and eval alone.
         progress: whether to show on a terminal how many exports it takes, where two are not enough; with rich only.
 
@@ -78,7 +79,7 @@ def export(
     signature = inspect.signature(model.forward)
     with Exporter(model, args, kwargs, dynamic_shapes, progress=progress) as exporter:
         train, evaluation = exporter.both()
-        explorer = Explorer(model, exporter.probe, exporter.readers) if probe else None
+        explorer = Explorer(model, exporter.probe, exporter.readers, exporter.read_by_others) if probe else None
         modes = exporter.modes
         module = assemble(train, evaluation, modes, explorer=explorer, forward=signature, guess=not probe)
     if not probe:

@@ -10,6 +10,7 @@ from compile_modes import messages
 from compile_modes._compat import pt2
 from compile_modes.exported import binding
 from compile_modes.exported.assembling import assemble, say_guessed
+from compile_modes.graph.finding import sites
 
 
 def bind(
@@ -44,7 +45,7 @@ def bind(
 
     Raises:
         BindError: there is no graph, or an owner's name is taken by another attribute; or two programs differ in
-            weights: it is said in which.
+            weights: it is said in which; or they are the wrong way round.
         OptionError: ``keep`` or ``dropout_p`` are not usable, or the site has kept its probability.
         OverrideError: a pattern matches no site.
 
@@ -60,6 +61,11 @@ def bind(
             raise messages.NO_SECOND_PROGRAM.error(kind=type(program).__name__, argument=name)
     if keep or dropout_p:
         raise messages.KEEP_OF_TWO.error()
+    ours, theirs = (
+        {site.training for site in sites(program) if not site.modeless} for program in (exported, evaluation)
+    )
+    if True in theirs and True not in ours:
+        raise messages.SWAPPED.error()
     module = assemble(exported, _sharing(exported, evaluation), {}, guess=True)
     say_guessed(module)
     return module

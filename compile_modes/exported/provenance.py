@@ -24,13 +24,13 @@ class Source:
         together: bool = True,
         guess: bool = False,
         followers: Collection[str] | None = None,
-        deciders: Mapping[str, Sequence[str]] | None = None,
+        asleep: Mapping[str, Sequence[str]] | None = None,
         readers: Collection[str] | None = None,
     ) -> None:
         #: how several programs make one module; JSON can hold it
         self.known = {
             "together": together, "guess": guess, "followers": None if followers is None else sorted(followers),
-            "deciders": dict(deciders or {}), "readers": None if readers is None else sorted(readers),
+            "asleep": dict(asleep or {}), "readers": None if readers is None else sorted(readers),
         }  # fmt: skip
         self.programs, self.keep, self.dropout_p = dict(programs), list(keep), dict(dropout_p or {})
         self.code: list[str] = []

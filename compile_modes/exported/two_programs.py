@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 from torch.export import ExportedProgram
 
 from compile_modes.exported.binding import carry_out
@@ -13,7 +13,7 @@ from compile_modes.exported.known import bind_merged
 from compile_modes.exported.planning import plan_binding
 from compile_modes.exported.switching.deciders import Explored, Probe, Witness, chain, depth_vector, explore, fresh
 from compile_modes.exported.switching.switches import OneGraph
-from compile_modes.exported.switching.traces import Vector, trace
+from compile_modes.exported.switching.traces import trace
 from compile_modes.graph.dual import DualModule, share
 from compile_modes.graph.edits import hoist_constants
 from compile_modes.graph.finding import sites
@@ -28,14 +28,12 @@ class Side:
     Attributes:
         mode: the mode of the root.
         programs: by the depth down to which submodules trained; 0 for none, infinite for all.
-        witness: shows what runs only where a submodule is in eval, if that is needed.
-        checks: programs in yet other modes, and these, to compare with.
+        witnesses: programs in yet other modes, to compare with.
     """
 
     mode: bool
     programs: dict[float, ExportedProgram]
-    witness: Witness | None = None
-    checks: list[tuple[Vector, fx.GraphModule]] = field(default_factory=list)
+    witnesses: Sequence[Witness] = ()
 
     def merged(self, readers: Collection[str] | None) -> OneGraph:
         """The programs as one.
@@ -43,18 +41,21 @@ class Side:
         Raises:
             Unmatched: they can't be one.
         """
-        seen = (self.witness.vector, fresh(self.witness.program)) if self.witness is not None else None
+        seen = [(witness.vector, fresh(witness.program)) for witness in self.witnesses]
         between = {int(d): p for d, p in self.programs.items() if 0 < d < math.inf}
         ends = fresh(self.programs[0]), fresh(self.programs[math.inf])
         graph = OneGraph(chain(between, *ends, self.mode), seen, readers=readers)
-        for vector, root in self.checks:
-            graph.compare(root, vector)
         share(graph.root, ends[0])
         return graph
 
 
 def explore_side(
-    model: nn.Module, mode: bool, program: ExportedProgram, probe: Probe, readers: Collection[str]
+    model: nn.Module,
+    mode: bool,
+    program: ExportedProgram,
+    probe: Probe,
+    readers: Collection[str],
+    unclear: Collection[str],
 ) -> Side:
     """Exports a model, with its root in one mode, until it is told which submodule decides about each op.
 
@@ -64,6 +65,7 @@ def explore_side(
         program: the export in which all modules are in that mode.
         probe: exports the model in other modes.
         readers: the modules whose mode the model reads.
+        unclear: those of which it isn't known what for.
 
     Raises:
         Unmatched: it can't be told.
@@ -72,8 +74,8 @@ def explore_side(
     other = probe(lambda name: not mode if name else mode)
     ends = {0.0: other, math.inf: program} if mode else {0.0: program, math.inf: other}
     low, high = (trace(fresh(p), depth_vector(depth, mode)) for depth, p in ends.items())
-    found: Explored = explore(model, low, high, probe, readers, mode)
-    return Side(mode, ends | {float(d): p for d, p in found.programs.items()}, found.witness, found.checks)
+    found: Explored = explore(model, low, high, probe, readers, mode, unclear)
+    return Side(mode, ends | {float(d): p for d, p in found.programs.items()}, found.witnesses)
 
 
 def two_of_sides(train: OneGraph, evaluation: OneGraph, difference: str) -> DualModule:
@@ -87,14 +89,14 @@ def two_of_sides(train: OneGraph, evaluation: OneGraph, difference: str) -> Dual
     return DualModule(train.root, evaluation.root, difference)
 
 
-def two(train: Any, evaluation: Any, difference: str, witness: Witness | None) -> DualModule:
+def two(train: Any, evaluation: Any, difference: str, witnesses: Sequence[Witness]) -> DualModule:
     """Binds both programs to the same flags."""
     for root, mode in ((train, True), (evaluation, False)):
         for site in sites(root):
             if site.training is (not mode):  # all flags had the program's mode, so this is no flag
                 add_note(site.node, mode=HARD_CODED)
     lost = _compare_by_owner(train, evaluation)
-    if witness is not None:
+    for witness in witnesses:
         lost = {**_compare_by_owner(fresh(witness.program), evaluation), **lost}
     carry_out(plan_binding(View(train), ()))
     for root in (train, evaluation):

@@ -39,11 +39,11 @@ class Snapshot:
             if [*map(id, names.values())] != [*map(id, before.values())] or [*names] != [*before]:
                 names.clear()
                 names.update(before)
-        for tensor, grad in self._grads:
-            if tensor.grad is not grad:
-                tensor.grad = grad
         for tensor, value in self._values:
             _put_back(tensor, value)
+        for tensor, grad in self._grads:
+            if tensor.is_leaf and tensor.grad is not grad:
+                tensor.grad = grad
         for module, training in self._flags:
             module.training = training
         for set_state, state in self._generators:
@@ -53,6 +53,8 @@ class Snapshot:
 def _put_back(tensor: torch.Tensor, value: torch.Tensor) -> None:
     # An inference tensor may be written in inference mode only, a saved one not at all unless it has changed.
     with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        if tensor.grad_fn is not None and tensor._base is None:
+            tensor.detach_()  # a buffer that was written with a value that carries gradients
         if tensor.shape != value.shape:
             tensor.resize_(value.shape)  # observers of quantization grow on their first call
         if not torch.equal(tensor, value):

@@ -169,3 +169,9 @@ KEPT_BY_TRAIN = Warn(
     "train() and eval() of {kind} leave {modules} in one mode, and so does the exported module, whatever their flags.",
     "export a model with a plain train(), if they are to have modes, and put them into eval after train()",
 )
+SWAPPED = Error(
+    "CM326",
+    "the program for evaluation has ops in train mode, and the other one has none",
+    "bind(train_program, evaluation=eval_program)",
+    raised=BindError,
+)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import compile_modes as cm
@@ -93,12 +94,68 @@ class OnlyInEval(nn.Module):
         return x if self.training else self.attention(self.norm(x), x, x, need_weights=False)[0]
 
 
+class Flag(nn.Module):
+    """An op whose flag is not that of the module whose op it is."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.call, self.fc, self.drop, self.norm = call, nn.Linear(4, 4), nn.Dropout(0.3), nn.BatchNorm1d(5)
+
+    def forward(self, x):
+        return self.call(self, self.norm(self.fc(x)))
+
+
+class Told(nn.Module):
+    """Is told the mode of its parent."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x, training):
+        return F.dropout(self.fc(x), 0.3, training)
+
+
+class Tells(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.told = Told()
+
+    def forward(self, x):
+        return self.told(x, self.training)
+
+
+class Beside(nn.Module):
+    """Normalises by the flag of a batch norm that it doesn't call."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(5)
+
+    def forward(self, x):
+        norm = self.norm
+        x = F.batch_norm(self.fc(x), norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training)
+        return x.tanh()
+
+
 ONE = {
+    "flag-of-a-child": lambda: Flag(lambda net, x: F.dropout(x, net.drop.p, net.drop.training)),
+    "flag-of-a-norm": Beside,
+    "flag-of-a-linear": lambda: Flag(lambda net, x: F.dropout(x, 0.3, net.fc.training)),
+    "probability-of-a-child": lambda: Flag(
+        lambda net, x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.3 if net.drop.training else 0.0)
+    ),
+    "flag-that-is-handed-on": Tells,
     "siblings": Siblings,
     "method": lambda: Policy(0),
     "method-below": lambda: Policy(2),
     "child": lambda: Child(lambda net: net.b.training),
     "only-in-eval": OnlyInEval,
+}
+# In neither program, for the two modules are in one mode in both.
+MIXED = {
+    "train": lambda net, x: x * 2 if net.training and not net.norm.training else x,
+    "eval": lambda net, x: x * 2 if not net.training and net.norm.training else x,
 }
 TWO = {
     "and": lambda net: net.training and net.a.training,
@@ -138,6 +195,22 @@ def test_two_together_take_two_programs(kind, verify):
     assert warned == 0 if kind == "and" else 0 < warned < 10
 
 
+def test_of_two_an_ops_flag_follows_both():
+    model = Flag(lambda net, x: F.dropout(x, 0.3, net.training and net.fc.training))
+    reference = copy.deepcopy(model)
+    module = cm.export(model, (X,))
+    assert isinstance(module, DualModule)
+    assert agree_in_modes(reference, module, X, random_modes(reference, 8)) == 0
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_what_happens_in_mixed_modes_only_is_not_silent(kind):
+    model = Flag(MIXED[kind])
+    reference = copy.deepcopy(model)
+    module = cm.export(model, (X,))
+    agree_in_modes(reference, module, X, random_modes(reference, 12))
+
+
 def test_a_module_that_no_program_has_is_there_to_warn():
     class Halves(nn.Module):
         """In each mode a program of its own, by a module without state."""
@@ -163,21 +236,24 @@ def test_reads_of_torchs_own_layers_do_not_count():
             return x + 1 if self.training else x
 
     model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(5), nn.Sequential(Reads()), nn.Identity())
-    found = set()
-    with mode_reads(model, found):
+    found, by_others = set(), set()
+    with mode_reads(model, found, by_others):
         model(X)
         copied = copy.deepcopy(model)
-    assert found == {"2.0"}
+    assert (found, by_others) == ({"2.0"}, set())
+    with mode_reads(model, found, by_others):
+        assert model[1].training
+    assert (found, by_others) == ({"1", "2.0"}, {"1"})
     assert "training" not in vars(nn.Module)
     assert copied.eval().training is False
     assert model.training
 
 
 def test_what_is_wrong_in_mixed_modes_alone_becomes_two_programs(monkeypatch):
-    """By whom it is decided was not found: here, because no reads are seen and no other modes are looked at."""
+    """Which module decides was not found: here, because one of two is not asked for."""
     from compile_modes.exported import assembling
 
-    monkeypatch.setattr(assembling.OneGraph, "compare", lambda *_: None)
+    monkeypatch.setattr(assembling.Explorer, "unclear", lambda *_: {"fc"})
     model = Child(TWO["or"])
     reference = copy.deepcopy(model)
     module = cm.export(model, (X,))

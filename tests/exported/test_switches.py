@@ -341,3 +341,10 @@ def test_programs_with_other_weights_are_refused_by_name():
         cm.bind(train, evaluation=torch.export.export(other.eval(), (X,)))
     with pytest.raises(cm.BindError, match="no ExportedProgram"):
         cm.bind(train, evaluation=other)
+
+
+def test_two_programs_the_wrong_way_round_are_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+    train, evaluation = (torch.export.export(model.train(mode), (X,)) for mode in (True, False))
+    with pytest.raises(cm.BindError, match="CM326: the program for evaluation has ops in train mode"):
+        cm.bind(evaluation, evaluation=train)

@@ -23,17 +23,14 @@ _MOST = 5  # exports to find who decides
 
 @dataclass(frozen=True)
 class Witness:
-    """An export in which the modules that decide are in eval and all others train.
-
-    What runs in eval only is seen training in it, in no other one.
-    """
+    """An export in which some modules are in eval and all others train."""
 
     program: ExportedProgram
-    deciders: frozenset[str]
+    asleep: frozenset[str]
 
     def vector(self, name: str) -> bool:
         """The mode of each module."""
-        return name not in self.deciders
+        return name not in self.asleep
 
 
 @dataclass
@@ -42,14 +39,13 @@ class Explored:
 
     Attributes:
         programs: by the depth down to which modules trained.
-        witness: shows what runs in eval only, if modules other than those that decide have ops there.
-        checks: programs in yet other modes, and these, to compare with.
+        witnesses: programs in yet other modes, to compare with; the first shows what runs in eval only, where
+            modules other than those that decide have ops there.
         deciders: modules that decide something by their own mode, as far as it was found out.
     """
 
     programs: dict[int, ExportedProgram] = field(default_factory=dict)
-    witness: Witness | None = None
-    checks: list[tuple[Vector, fx.GraphModule]] = field(default_factory=list)
+    witnesses: list[Witness] = field(default_factory=list)
     deciders: set[str] = field(default_factory=set)
 
 
@@ -60,6 +56,7 @@ def explore(
     probe: Probe,
     readers: Collection[str] | None = None,
     root: bool | None = None,
+    unclear: Collection[str] = (),
 ) -> Explored:
     """Exports a model until it is told which depth decides about each op that differs, and one to three times more.
 
@@ -69,6 +66,7 @@ def explore(
         probe: exports the model in the modes that a vector says.
         readers: the modules whose mode the model reads; may grow with each export.
         root: the mode that the root stays in, if it does.
+        unclear: those of ``readers`` of which it isn't known what their mode is read for.
     """
     start = -1 if root is None else 0
     found = Explored()
@@ -99,15 +97,17 @@ def explore(
             hidden |= op in before and any(depth_of(op.owner) > depth_of(name) for name in deciders)
     if hidden:
         asleep = frozenset(found.deciders | ({""} if root is False else set()))
-        found.witness = Witness(probe(lambda name: name not in asleep), asleep)
-        new = differing(evaluation, trace(fresh(found.witness.program), found.witness.vector))
+        witness = Witness(probe(lambda name: name not in asleep), asleep)
+        found.witnesses.append(witness)
+        new = differing(evaluation, trace(fresh(witness.program), witness.vector))
         found.deciders |= {name for op in new for name in ancestors(op.owner)}
-    if root is not None and not found.deciders:
+    if root is not None and not found.deciders and not unclear:
         return found
-    others = set(readers or ()) - found.deciders
-    for training in (False, True) if len(found.deciders | others) > 1 else (False,):
+    others = set(unclear) - found.deciders
+    for training in (False, True) if others or len(found.deciders) > 1 else (False,):
         vector = mixed(model, found.deciders, others, training, root)
-        found.checks.append((vector, fresh(probe(vector))))
+        asleep = frozenset(name for name, _ in model.named_modules(remove_duplicate=False) if not vector(name))
+        found.witnesses.append(Witness(probe(vector), asleep))
     return found
 
 
@@ -121,13 +121,13 @@ def mixed(
 ) -> Vector:
     """Modes in which what was taken to decide is in one, every other time, and what else is read is in the other.
 
-    So an op that depends on both shows. Of other modules, those side by side differ, and what is first in a module and
-    the module itself.
+    So an op that depends on both shows. Modules of which nothing is read are in the former, if there are any of the
+    latter; else those side by side differ, and what is first in a module and the module itself.
 
     Args:
         model: the eager module.
         deciders: modules that were taken to decide.
-        others: other modules whose mode the model reads.
+        others: other modules whose mode the model reads, and it isn't known what for.
         training: the mode of the first of ``deciders``.
         root: the mode of the root, if it is to have one.
     """
@@ -140,6 +140,8 @@ def mixed(
             visit(path, child)
 
     visit("", model)
+    if others:
+        modes = dict.fromkeys(modes, training)
     modes |= dict.fromkeys(others, not training)
     modes |= {name: bool(index % 2) is not training for index, name in enumerate(sorted(deciders))}
     if root is not None:

@@ -63,15 +63,18 @@ class OneGraph:
 
     Args:
         programs: at least that of eval mode (depth -1) and of train mode (depth infinite), by depth.
-        witness: a program, and its modes, in which what runs in eval only is in the mode of train.
+        seen: programs in other modes, and these, which say more of the modes of ops, and are compared with.
         readers: the modules whose mode the model reads; None if that isn't known.
         guess: whether the module around all that differs in one place is taken for the one that decides.
+
+    Raises:
+        Unmatched: they can't be one, or not one that is ``seen``.
     """
 
     def __init__(
         self,
         programs: Sequence[Program],
-        witness: tuple[Vector, fx.GraphModule] | None = None,
+        seen: Sequence[tuple[Vector, fx.GraphModule]] = (),
         *,
         readers: Collection[str] | None = None,
         guess: bool = False,
@@ -89,18 +92,15 @@ class OneGraph:
             pieces = merge(self.tree, trace(after.root, after.vector), decide)
             self.follows_owners &= all(op.owner == p.decider for p in pieces for op in (*p.old, *p.new))
         prune(self.tree)
-        if witness is not None:
-            vector, root = witness
-            observe(self.tree, trace(root, vector))
-        self.decisions = dict(decided(all_ops(self.tree.items)))
-
-    def compare(self, root: fx.GraphModule, vector: Vector) -> None:
-        """Compares the graph in given modes with an export made in them.
-
-        Raises:
-            Unmatched: it is another program.
-        """
-        compare(self.tree, self.decisions, trace(root, vector))
+        traces = [trace(root, vector) for vector, root in seen]
+        for other in traces:
+            observe(self.tree, other)
+        self.decisions = dict(decided(all_ops(self.tree.items), readers or ()))
+        self.follows_owners &= all(
+            not d.verdict.varied or d.verdict.owner == op.owner for op, d in self.decisions.items()
+        )
+        for other in traces:
+            compare(self.tree, self.decisions, other)
 
     def emit(self) -> Merged:
         """Makes the graph that of the train program's module, in place."""

@@ -1,6 +1,6 @@
 """What the exports of a model say of the mode of each op: whose flag it follows, if any."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,25 +35,25 @@ class Decision:
     inner: list[tuple[fx.Node, Verdict]] = field(default_factory=list)
 
 
-def decided(ops: Iterator[Op]) -> Iterator[tuple[Op, Decision]]:
-    """What all exports together say of the modes of ops.
+def decided(ops: Iterator[Op], readers: Collection[str] = ()) -> Iterator[tuple[Op, Decision]]:
+    """What all exports together say of the modes of ops: they follow modules around them, or else one of ``readers``.
 
     Raises:
         Unmatched: a mode follows no flag of the modules around it.
     """
     for op in ops:
         seen = [(vector, node) for vector, node, _ in op.seen]
-        verdict = _verdict(seen, op.owner)
+        verdict = _verdict(seen, op.owner, readers)
         inner = []
         if any(isinstance(a, Graph) for a in op.args):
             runs = [(vector, list(_body_sites(op, node))) for vector, node in _bodies_seen(op)]
             for i, (site, _) in enumerate(runs[-1][1]):
-                inner.append((site, _verdict([(v, found[i][0]) for v, found in runs], module_path(site))))
+                inner.append((site, _verdict([(v, found[i][0]) for v, found in runs], module_path(site), readers)))
         if verdict.how or inner or op.row is not None:
             yield op, Decision(verdict, inner)
 
 
-def _verdict(seen: Sequence[tuple[Vector, fx.Node]], owner: str) -> Verdict:
+def _verdict(seen: Sequence[tuple[Vector, fx.Node]], owner: str, readers: Collection[str]) -> Verdict:
     row = lookup(seen[-1][1].target)
     if row is None or row.modeless:
         return Verdict()
@@ -62,7 +62,7 @@ def _verdict(seen: Sequence[tuple[Vector, fx.Node]], owner: str) -> Verdict:
         return Verdict(literal=bool(literals[-1]))
     varied, last = len(set(literals)) > 1, bool(literals[-1])
     probabilities = [p for _, node in seen if (p := probability(node))]
-    names = list(ancestors(owner)) if varied else [owner]
+    names = [*ancestors(owner), *sorted(readers)] if varied else [owner]
     for how, same in (("bound", True), ("inverted", False)):
         for name in names if varied or same else ():
             if all((vector(name) is mode) is same for (vector, _), mode in zip(seen, literals, strict=True)):
