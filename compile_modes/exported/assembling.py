@@ -41,8 +41,13 @@ class Explorer:
     by_others: Collection[str]
 
     def unclear(self, *roots: fx.GraphModule) -> set[str]:
-        """The modules of which it isn't known what their mode is read for: not for an op of theirs, or not only."""
-        return (set(self.readers) - {site.owner for root in roots for site in sites(root)}) | set(self.by_others)
+        """The modules of which it isn't known what their mode is read for: not for an op of theirs, or not only.
+
+        Torch's own classes read theirs for what the two programs show.
+        """
+        owners = {site.owner for root in roots for site in sites(root)}
+        known = {name for name, m in self.model.named_modules() if type(m).__module__.startswith("torch.nn.")}
+        return (set(self.readers) - owners - known) | set(self.by_others)
 
 
 def assemble(
