@@ -36,9 +36,7 @@ def mode_reads(model: nn.Module, found: set[str], by_others: set[str]) -> Iterat
     here = threading.get_ident()
 
     def read(module: nn.Module) -> bool:
-        if (
-            torch.compiler.is_dynamo_compiling()
-        ):  # Dynamo, which traces the branches of torch.cond, follows no more than this
+        if torch.compiler.is_dynamo_compiling():  # a branch of torch.cond; Dynamo follows no more than this
             return module.__dict__["training"]  # type: ignore[no-any-return]
         if threading.get_ident() == here and id(vars(module)) in names:
             frame = sys._getframe(1)

@@ -37,8 +37,8 @@ def export(
     model assigns are written, which torch.export forgets in submodules.
 
     What can't be one graph (auxiliary outputs, decisions that can't be told apart) becomes a module with both programs,
-    which runs the one of its own mode; what Python decided in a submodule follows the mode of the root there, and a
-    ModeWarning says so when such a submodule is put into another mode.
+    which runs the one of its own mode. Each has switches for what its submodules decide, where that can be told; where
+    it can't, it follows the mode of the root, and a ModeWarning says so when such a submodule is put into another mode.
 
     Both programs keep what torch.export forgets: that the result of a dropout in eval isn't its input, and a
     ``no_grad()`` inside autocast. ``inference_mode()`` becomes ``no_grad()``: no result is an inference tensor.
@@ -64,7 +64,8 @@ def export(
     Raises:
         ExportError: one of the exports fails (its cause is the exception's ``__cause__``), or has lost a change of grad
             mode; or a name in the model is one that torch's modules have taken; or the model's ``train()`` changes its
-            weights, or it assigns a buffer what that can't hold.
+            weights, it assigns a buffer what that can't hold, draws random numbers that are not torch's, or runs an
+            ``autograd.Function``, whose backward is lost.
         BindError: the same of a submodule without parameters and buffers that has a mode.
         VerifyError: the result, run beside the model, does something else.
 

@@ -1,7 +1,7 @@
 """Who decides what differs between the programs of a model: found by exporting it in more modes.
 
-What an op depends on is the mode of its owner or of a module around it. Programs whose modules train down to some depth
-and no further tell these apart, for the whole model at once.
+What an op depends on is the mode of its owner, of a module around it, or of another one whose mode the model reads.
+Programs whose modules train down to some depth and no further tell these apart, for the whole model at once.
 """
 
 import itertools

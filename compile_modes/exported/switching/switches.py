@@ -19,7 +19,7 @@ from compile_modes.graph.owners import module_path
 
 @dataclass
 class Merged:
-    """What :func:`one_graph` made of the programs.
+    """What :class:`OneGraph` made of the programs.
 
     Attributes:
         bound: nodes whose flag follows the module that owns them.
@@ -79,7 +79,6 @@ class OneGraph:
         readers: Collection[str] | None = None,
         guess: bool = False,
     ) -> None:
-        self.programs, self.guess = programs, guess
         first = trace(programs[0].root, programs[0].vector)
         self.tree = Tree(list(first.ops), first.outputs)
         self.root = programs[-1].root
