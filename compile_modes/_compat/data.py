@@ -5,7 +5,6 @@ leaves one on a constant of its own.
 """
 
 import contextlib
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_TORCH = os.path.join(os.path.dirname(torch.__file__), "")
+from compile_modes._compat.readers import TORCH
+
 _replacing = threading.RLock()  # an attribute of a class is everybody's
 
 
@@ -31,7 +31,7 @@ def data_is_traced(refuse: Callable[[str], Exception]) -> Iterator[None]:
     here = threading.get_ident()
 
     def traced() -> bool:
-        return threading.get_ident() == here and not sys._getframe(2).f_code.co_filename.startswith(_TORCH)
+        return threading.get_ident() == here and not sys._getframe(2).f_code.co_filename.startswith(TORCH)
 
     def read(tensor: Tensor) -> Tensor:
         return tensor.detach() if traced() else original.__get__(tensor)

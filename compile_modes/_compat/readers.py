@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-_LAYERS = os.path.join(os.path.dirname(torch.__file__), "nn", "")
-_TORCH = os.path.join(os.path.dirname(torch.__file__), "")
+TORCH = os.path.join(os.path.dirname(torch.__file__), "")  # what the names of torch's own files begin with
+_LAYERS = os.path.join(TORCH, "nn", "")
 _recording = threading.RLock()  # a property of a class is everybody's
 
 
@@ -41,7 +41,7 @@ def mode_reads(model: nn.Module, found: set[str], by_others: set[str]) -> Iterat
         if threading.get_ident() == here and id(vars(module)) in names:
             frame = sys._getframe(1)
             reader = frame.f_code.co_filename
-            if not reader.startswith(_TORCH) or (reader.startswith(_LAYERS) and module._modules):
+            if not reader.startswith(TORCH) or (reader.startswith(_LAYERS) and module._modules):
                 found.update(names[id(vars(module))])
                 names_of = frame.f_code.co_varnames
                 itself = frame.f_locals.get(names_of[0]) if names_of else None  # "self", as a rule

@@ -4,10 +4,9 @@ import os
 from collections.abc import Iterator
 from types import FrameType
 
-import torch
 from torch import nn
 
-_TORCH = os.path.join(os.path.dirname(torch.__file__), "")
+from compile_modes._compat.readers import TORCH
 
 
 def place_of(error: BaseException, model: nn.Module) -> str:
@@ -17,7 +16,7 @@ def place_of(error: BaseException, model: nn.Module) -> str:
     for frame, line in _frames(error):
         code = frame.f_code
         module = frame.f_locals.get("self")
-        if id(module) in names and not code.co_filename.startswith(_TORCH):
+        if id(module) in names and not code.co_filename.startswith(TORCH):
             name = names[id(module)]
             found = f"{f', in {name!r}' if name else ''} ({os.path.basename(code.co_filename)}:{line})"
     return type(model).__name__ + found
