@@ -3,11 +3,13 @@
 The types only; what they say stands in ``messages/``, each message under a code.
 """
 
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from compile_modes._compat import ShortenTraceback
 
 _E = TypeVar("_E", bound="CompileModesError")
+_FEW = 5
 
 
 class CompileModesError(ShortenTraceback):
@@ -45,6 +47,19 @@ def first_line(error: BaseException) -> str:
 def summary(error: BaseException) -> str:
     """The type of an exception, and the first line of what it says."""
     return f"{type(error).__name__}: {first_line(error)}"
+
+
+def few(names: Iterable[str]) -> str:
+    """The first five of some names, with commas between them, and a sign that there are more."""
+    names = list(names)
+    return ", ".join(names[:_FEW]) + (", ..." if names[_FEW:] else "")
+
+
+def few_lines(lines: Iterable[str]) -> str:
+    """The first five of some lines, and where all are shown."""
+    lines = list(lines)
+    more = [f"  and {len(lines) - _FEW} more, see compile_modes.explain()"] if lines[_FEW:] else []
+    return "\n".join(lines[:_FEW] + more)
 
 
 def text_of(cause: str, where: str, remedy: str, code: str) -> str:

@@ -17,7 +17,7 @@ from compile_modes.backend.options import Options
 from compile_modes.backend.overrides import Asked, put_into_modes
 from compile_modes.backend.owners import Names, name_owners
 from compile_modes.backend.unreached import watch, watch_for
-from compile_modes.errors import CaptureError, summary
+from compile_modes.errors import CaptureError, few, summary
 from compile_modes.forms.lower import lower
 from compile_modes.forms.saved_reads import keyed
 from compile_modes.graph.finding import sites
@@ -155,7 +155,7 @@ def _advancing(compiled: Callable[..., Any], owners: Iterable[nn.Module]) -> Cal
 def _warn_kept(found: Sequence[Site]) -> None:
     left = sorted({f"{site.op} (owner {site.owner!r})" for site in found if is_kept(site.op)})
     if left:
-        messages.PART_AS_IT_CAME.warn_once(sites=", ".join(left[:3]) + (", ..." if left[3:] else ""))
+        messages.PART_AS_IT_CAME.warn_once(sites=few(left))
 
 
 def _exported(module: nn.Module) -> Iterator[nn.Module]:

@@ -8,7 +8,7 @@ from torch import fx, nn
 from compile_modes import logs, messages
 from compile_modes._compat import frames
 from compile_modes.backend.owners import Names
-from compile_modes.errors import OverrideError
+from compile_modes.errors import OverrideError, few
 from compile_modes.graph.cumulative import is_cumulative
 from compile_modes.graph.finding import sites
 from compile_modes.graph.folding import unfold_literals
@@ -56,7 +56,7 @@ def put_into_modes(
     decision = decide(found, names, asked, refusal)
     if decision.decided:
         about = id(names.everything.get("")), asked.training, *asked.overrides.items()
-        messages.DECIDED_IN_PYTHON.warn_once(*about, modules=", ".join(decision.decided[:5]))
+        messages.DECIDED_IN_PYTHON.warn_once(*about, modules=few(decision.decided))
     logs.modes(found, decision.apply(captured))
     return decision
 
@@ -167,7 +167,7 @@ def check_patterns(overrides: Mapping[str, str], found: Sequence[Site], names: N
         if fused:
             raise messages.PART_OF_KERNEL.error(pattern=pattern, site=fused[0])
         if read:
-            raise messages.READ_IN_PYTHON.error(pattern=pattern, modules=", ".join(read[:3]))
+            raise messages.READ_IN_PYTHON.error(pattern=pattern, modules=few(read))
     return left
 
 

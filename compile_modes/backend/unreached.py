@@ -13,7 +13,7 @@ from torch import nn
 from compile_modes import _compat, messages
 from compile_modes._compat import frames
 from compile_modes.backend.overrides import check_eager, check_names, wanted
-from compile_modes.errors import OptionError
+from compile_modes.errors import OptionError, few
 from compile_modes.graph.requests import check_overrides
 
 
@@ -91,7 +91,7 @@ def _may_be_left(root: nn.Module, training: bool | None, overrides: Mapping[str,
     lost = [f"{n!r} ({type(named[n]).__name__})" for n in left if asked[n] is not named[n].training]
     if lost:
         about = id(root), training, *overrides.items()
-        messages.NOT_COMPILED.warn_once(*about, modules=", ".join(lost[:5]))
+        messages.NOT_COMPILED.warn_once(*about, modules=few(lost))
     check_names(overrides, named)
     return bool(left) and not lost
 

@@ -3,51 +3,25 @@
 import inspect
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
 from torch.export import ExportedProgram
 
 from compile_modes import messages
-from compile_modes.errors import ExportError
+from compile_modes.errors import ExportError, few
 from compile_modes.exported.arguments import take_names
+from compile_modes.exported.exporter import Exporter
 from compile_modes.exported.known import bind_known, bind_merged
 from compile_modes.exported.pairing import Pairing, pair
 from compile_modes.exported.provenance import Source, set_flags
-from compile_modes.exported.switching.deciders import Explored, Probe, Witness, chain, depth_vector, explore, fresh
+from compile_modes.exported.switching.deciders import Explored, Witness, chain, depth_vector, explore, fresh
 from compile_modes.exported.switching.switches import OneGraph, differing
 from compile_modes.exported.switching.traces import Unmatched, trace
 from compile_modes.exported.two_programs import Side, explore_side, two, two_of_sides
 from compile_modes.graph.dual import DualModule, share
 from compile_modes.graph.finding import sites
 from compile_modes.graph.folding import fold
-
-
-@dataclass(frozen=True)
-class Explorer:
-    """A model that is at hand, to be exported in more modes.
-
-    Attributes:
-        model: the model.
-        probe: exports it.
-        readers: the modules whose mode it has read in the exports so far.
-        by_others: those whose mode something else reads than their own methods.
-    """
-
-    model: nn.Module
-    probe: Probe
-    readers: Collection[str]
-    by_others: Collection[str]
-
-    def unclear(self, *roots: fx.GraphModule) -> set[str]:
-        """The modules of which it isn't known what their mode is read for: not for an op of theirs, or not only.
-
-        Torch's own classes read theirs for what the two programs show.
-        """
-        owners = {site.owner for root in roots for site in sites(root)}
-        known = {name for name, m in self.model.named_modules() if type(m).__module__.startswith("torch.nn.")}
-        return (set(self.readers) - owners - known) | set(self.by_others)
 
 
 def assemble(
@@ -58,7 +32,7 @@ def assemble(
     witnesses: Sequence[Witness] = (),
     sides: Sequence[Side] = (),
     *,
-    explorer: Explorer | None = None,
+    exporter: Exporter | None = None,
     forward: inspect.Signature | None = None,
     guess: bool = False,
     together: bool = True,
@@ -73,7 +47,7 @@ def assemble(
         between: exports with modules training down to some depth.
         witnesses: exports in yet other modes, to compare with.
         sides: exports of two programs with submodules in other modes than the root's, if there are any.
-        explorer: makes such exports, where they are needed.
+        exporter: makes such exports, where they are needed.
         forward: the signature of the model, if it is at hand.
         guess: whether to take the owners of ops for the modules that decide about them, without such exports.
         together: False if it is known that the two programs can't be one graph.
@@ -85,30 +59,33 @@ def assemble(
     for root in roots:
         take_names(root, forward)
     between, difference = dict(between or {}), found.difference or found.unclear
-    unclear = explorer.unclear(*roots) if explorer is not None else set()
+    unclear = exporter.unclear(*roots) if exporter is not None else set()
     if unclear and not difference:
         difference = f"what follows the mode of {', '.join(map(repr, sorted(unclear)))}"
     if not together:
         difference = difference or "what they do where submodules are in different modes"
     explored: Explored | None = None
+    graphs: list[OneGraph] | None = None
     module: nn.Module | None = None if difference else _single(roots[0], found)
     if difference and together:
         try:
-            if explorer is not None:
-                explored = _explored(explorer, roots)
+            if exporter is not None:
+                explored = _explored(exporter, roots, unclear)
                 between, witnesses, followers = explored.programs, explored.witnesses, explored.deciders
-                readers = explorer.readers
+                readers = exporter.readers
             graph = _merged(roots, between, witnesses, readers, guess)
             plain = not found.difference and graph.follows_owners  # masks, and whose they are is known now
             module = _single(roots[0], found) if plain else _switched(roots, graph)
         except Unmatched as why:
             together, difference = False, f"{difference}; {why}" if str(why) not in difference else difference
-            if explorer is not None and explored is not None:
-                unclear = explorer.unclear(*roots)
-                followers = explored.deciders | (set(explorer.readers) if why.owners else unclear)
-                sides, followers = _sides(explorer, (train, evaluation), followers, unclear)
+            if exporter is not None and explored is not None:
+                unclear = exporter.unclear(*roots)
+                followers = explored.deciders | (exporter.readers if why.owners else unclear)
+                sides, graphs = _sides(exporter, (train, evaluation), unclear) if followers - {""} else ([], [])
+                followers = set() if sides else followers
     if module is None:
-        module = _two(train, evaluation, difference, witnesses, sides, readers, forward)
+        graphs = [side.merged(readers) for side in sides] if graphs is None else graphs
+        module = _two(train, evaluation, difference, witnesses, graphs, forward)
         module.follow(_owners(train, evaluation) if followers is None else followers)
     set_flags(module, modes)
     programs = {"train": train, "eval": evaluation, **{f"depth_{depth}": p for depth, p in between.items()}}
@@ -146,24 +123,17 @@ def reassemble(
 
 
 def _sides(
-    explorer: Explorer,
-    programs: tuple[ExportedProgram, ExportedProgram],
-    followers: set[str],
-    unclear: Collection[str],
-) -> tuple[list[Side], set[str]]:
-    """What two programs can know of submodules that decide; and those that follow the root all the same."""
-    if not followers - {""}:
-        return [], followers
+    exporter: Exporter, programs: tuple[ExportedProgram, ExportedProgram], unclear: Collection[str]
+) -> tuple[list[Side], list[OneGraph]]:
+    """What two programs can know of submodules that decide, and the graphs of that; nothing if it can't be told."""
     try:
         sides = [
-            explore_side(explorer.model, mode, program, explorer.probe, explorer.readers, unclear)
+            explore_side(exporter.model, mode, program, exporter.probe, exporter.readers, unclear)
             for mode, program in zip((True, False), programs, strict=True)
         ]
-        for side in sides:
-            side.merged(explorer.readers)
+        return sides, [side.merged(exporter.readers) for side in sides]
     except (Unmatched, ExportError):
-        return [], followers
-    return sides, set()
+        return [], []
 
 
 def _two(
@@ -171,14 +141,13 @@ def _two(
     evaluation: ExportedProgram,
     difference: str,
     witnesses: Sequence[Witness],
-    sides: Sequence[Side],
-    readers: Collection[str] | None,
+    graphs: Sequence[OneGraph],
     forward: inspect.Signature | None,
 ) -> DualModule:
-    if sides:
-        ours, theirs = (side.merged(readers) for side in sides)
-        for graph in (ours, theirs):
+    if graphs:
+        for graph in graphs:
             take_names(graph.root, forward)
+        ours, theirs = graphs
         return two_of_sides(ours, theirs, difference)
     roots = fresh(train), fresh(evaluation)
     for root in roots:
@@ -186,10 +155,10 @@ def _two(
     return two(*roots, difference, witnesses)
 
 
-def _explored(explorer: Explorer, roots: tuple[fx.GraphModule, fx.GraphModule]) -> Explored:
+def _explored(exporter: Exporter, roots: tuple[fx.GraphModule, fx.GraphModule], unclear: Collection[str]) -> Explored:
     traces = trace(roots[1], depth_vector(-1)), trace(roots[0], depth_vector(math.inf))
     try:
-        return explore(explorer.model, *traces, explorer.probe, explorer.readers, unclear=explorer.unclear(*roots))
+        return explore(exporter.model, *traces, exporter.probe, exporter.readers, unclear=unclear)
     except ExportError as error:
         raise Unmatched(f"no export in which modules are in different modes: {error.cause}") from error
 
@@ -242,5 +211,4 @@ def say_guessed(module: nn.Module) -> None:
     """Warns of switches whose modules were guessed."""
     names = set() if isinstance(module, DualModule) else {s.owner for s in sites(module) if s.op.family == "switch"}
     if names:
-        shown = ", ".join(map(repr, sorted(names)[:5])) + (", ..." if len(names) > 5 else "")
-        messages.GUESSED.warn(modules=shown)
+        messages.GUESSED.warn(modules=few(map(repr, sorted(names))))

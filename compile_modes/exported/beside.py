@@ -12,7 +12,7 @@ from torch import nn
 
 from compile_modes import _compat, messages
 from compile_modes._compat.cache import is_compiled, raised_limits
-from compile_modes.errors import ModeWarning, first_line, summary
+from compile_modes.errors import ModeWarning, few, first_line, summary
 from compile_modes.exported.comparing import Tolerance, VerifyReport, within
 from compile_modes.exported.observing import CALL, DREW, Key, State, generators, observe, plain
 from compile_modes.graph.snapshot import Snapshot
@@ -183,7 +183,7 @@ def _check(ours: nn.Module, model: nn.Module, args: tuple[Any, ...], kwargs: Map
         raise messages.NOT_ITS_ARGUMENTS.error(kind=kind, error=error) from error
     theirs, own = State.of(model), State.of(inner)
     if wrong := _unlike(theirs.parameters, own.parameters):
-        raise messages.OTHER_PARAMETERS.error(names=", ".join(wrong[:5]))
+        raise messages.OTHER_PARAMETERS.error(names=few(wrong))
     if inner is model:
         return
     names: dict[int, list[str]] = {}

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.export import ExportedProgram
 
 from compile_modes import _compat, messages
@@ -21,6 +21,7 @@ from compile_modes.exported.faithful import faithful, settled
 from compile_modes.exported.provenance import flags, set_flags
 from compile_modes.exported.switching.traces import Vector
 from compile_modes.graph.cumulative import exportable
+from compile_modes.graph.finding import sites
 from compile_modes.graph.snapshot import foreign_generators
 from compile_modes.logs import logger
 
@@ -86,6 +87,18 @@ class Exporter:
         for name, submodule in self.model.named_modules():
             submodule.training = self.kept.get(name, vector(name))
         return self._export(vector(""))
+
+    def unclear(self, *roots: fx.GraphModule) -> set[str]:
+        """The modules of which it isn't known what their mode is read for: not for an op of theirs, or not only.
+
+        Torch's own classes read theirs for what the two programs show.
+
+        Args:
+            roots: the modules of programs.
+        """
+        owners = {site.owner for root in roots for site in sites(root)}
+        known = {name for name, m in self.model.named_modules() if type(m).__module__.startswith("torch.nn.")}
+        return self.readers - owners - known | self.read_by_others
 
     def _export(self, training: bool) -> ExportedProgram:
         """The program of the modes that the model is in; ``training`` is the root's."""

@@ -9,7 +9,8 @@ from torch import nn
 
 from compile_modes import messages
 from compile_modes._compat.exporting import is_taken
-from compile_modes.exported.assembling import Explorer, assemble, say_guessed
+from compile_modes.errors import few
+from compile_modes.exported.assembling import assemble, say_guessed
 from compile_modes.exported.comparing import VerifyReport
 from compile_modes.exported.exporter import Exporter
 from compile_modes.exported.provenance import Source
@@ -80,14 +81,12 @@ def export(
     signature = inspect.signature(model.forward)
     with Exporter(model, args, kwargs, dynamic_shapes, progress=progress) as exporter:
         train, evaluation = exporter.both()
-        explorer = Explorer(model, exporter.probe, exporter.readers, exporter.read_by_others) if probe else None
-        modes = exporter.modes
-        module = assemble(train, evaluation, modes, explorer=explorer, forward=signature, guess=not probe)
+        modes, prober = exporter.modes, exporter if probe else None
+        module = assemble(train, evaluation, modes, exporter=prober, forward=signature, guess=not probe)
     if not probe:
         say_guessed(module)
     if exporter.kept:
-        names = ", ".join(map(repr, sorted(exporter.kept)[:5])) + (", ..." if len(exporter.kept) > 5 else "")
-        messages.KEPT_BY_TRAIN.warn(kind=type(model).__name__, modules=names)
+        messages.KEPT_BY_TRAIN.warn(kind=type(model).__name__, modules=few(map(repr, sorted(exporter.kept))))
 
     def compare(module: nn.Module) -> VerifyReport | None:
         vectors = _VECTORS if probe else 0

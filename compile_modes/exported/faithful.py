@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 
 from compile_modes import _compat, messages
 from compile_modes._compat import exporting
-from compile_modes.errors import ModeWarning
+from compile_modes.errors import ModeWarning, few
 from compile_modes.graph.aliases import APART, returns_input
 from compile_modes.graph.sites import add_note
 from compile_modes.graph.view import Body, View
@@ -87,7 +87,7 @@ def lost_grad_mode(view: View) -> ModeWarning | None:
                 before = None
     if not owners or not any(parameter.requires_grad for parameter in view.root.parameters()):
         return None
-    return messages.MAY_HAVE_LOST_NO_GRAD.warning(owners=", ".join(list(dict.fromkeys(owners))[:5]))
+    return messages.MAY_HAVE_LOST_NO_GRAD.warning(owners=few(dict.fromkeys(owners)))
 
 
 def _settings(view: View, region: fx.Node) -> Any:

@@ -6,7 +6,7 @@ import torch
 from torch import fx, nn
 
 from compile_modes import _compat, messages
-from compile_modes.errors import ModeWarning
+from compile_modes.errors import ModeWarning, few, few_lines
 from compile_modes.graph.ops import STATS, lookup
 from compile_modes.graph.owners import join, module_class
 from compile_modes.graph.sites import REMARKS
@@ -30,8 +30,7 @@ def remark(view: View, program: torch.export.ExportedProgram | None, trains: boo
     view.root.__dict__.setdefault("meta", {})[REMARKS] = found
     if not found:
         return None
-    more = [f"  and {len(found) - 5} more, see compile_modes.explain()"] if found[5:] else []
-    return messages.DECOMPOSED_PROGRAM.warning(parts="\n".join(["  " + line for line in found[:5]] + more))
+    return messages.DECOMPOSED_PROGRAM.warning(parts=few_lines("  " + line for line in found))
 
 
 def left_nothing(view: View, program: torch.export.ExportedProgram | None) -> list[str]:
@@ -61,8 +60,7 @@ def remark_nothing(root: nn.Module, names: Sequence[str]) -> ModeWarning | None:
     """As :func:`remark`, of modules that an eval export has left nothing of."""
     if not names:
         return None
-    more = f" and {len(names) - 5} more" if names[5:] else ""
-    modules = f"{', '.join(map(repr, names[:5]))}{more}"
+    modules = few(map(repr, names))
     root.__dict__.setdefault("meta", {})[REMARKS] = [messages.LEFT_NOTHING.reason(modules=modules)]
     return messages.NOTHING_LEFT.warning(modules=modules)
 
@@ -113,4 +111,4 @@ def _erased(view: View, program: torch.export.ExportedProgram | None) -> Iterato
         if not gone:
             yield messages.ERASED.reason()
         else:
-            yield messages.ERASED_MODULES.reason(modules=", ".join(gone[:5]) + (", ..." if gone[5:] else ""))
+            yield messages.ERASED_MODULES.reason(modules=few(gone))

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx, nn
 
 from compile_modes import _compat, messages
-from compile_modes.errors import ModeWarning
+from compile_modes.errors import ModeWarning, few, few_lines
 from compile_modes.graph.aliases import reused
 from compile_modes.graph.explain import beside, overriding
 from compile_modes.graph.finding import find
@@ -213,28 +213,27 @@ def complaints(plan: Plan) -> list[ModeWarning]:
 def _overriding(plan: Plan) -> ModeWarning | None:
     if not plan.overriding:
         return None
-    return messages.TRAIN_OVERRIDDEN.warning(classes=", ".join(plan.overriding[:5]))
+    return messages.TRAIN_OVERRIDDEN.warning(classes=few(plan.overriding))
 
 
 def _unsaid(plan: Plan) -> ModeWarning | None:
     if not plan.unclear:
         return None
     owners = sorted({repr(plan.view.owner[node]) for node in plan.unclear})
-    return messages.RANDOM_IN_BOTH.warning(owners=", ".join(owners[:5]))
+    return messages.RANDOM_IN_BOTH.warning(owners=few(owners))
 
 
 def _writing(plan: Plan) -> ModeWarning | None:
     if not plan.written:
         return None
-    return messages.WRITTEN_IN_BOTH.warning(buffers=", ".join(map(repr, plan.written[:5])))
+    return messages.WRITTEN_IN_BOTH.warning(buffers=few(map(repr, plan.written)))
 
 
 def _stuck(plan: Plan) -> ModeWarning | None:
     if not plan.stuck:
         return None
     lines = [f"  {site.node.name} (owner {site.owner!r}): {why}" for site, why in plan.stuck]
-    more = [f"  and {len(lines) - 5} more, see compile_modes.explain()"] if lines[5:] else []
-    shown = "\n".join(lines[:5] + more)
+    shown = few_lines(lines)
     if any(site.op.decomposed for site, _ in plan.stuck):
         return messages.STUCK_DECOMPOSED.warning(count=len(lines), sites=shown)
     return messages.STUCK.warning(count=len(lines), sites=shown, mode="eval" if plan.program else "train")
@@ -244,7 +243,7 @@ def _reused(plan: Plan) -> ModeWarning | None:
     again = [site for site in plan.bindable if reused(site)]
     if not again:
         return None
-    return messages.REUSED.warning(count=len(again), sites=", ".join(map(str, again[:3])))
+    return messages.REUSED.warning(count=len(again), sites=few(map(str, again)))
 
 
 def _uncounted(plan: Plan) -> ModeWarning | None:
@@ -256,4 +255,4 @@ def _uncounted(plan: Plan) -> ModeWarning | None:
     ]
     if not lost:
         return None
-    return messages.UNCOUNTED.warning(owners=", ".join(map(repr, lost[:5])))
+    return messages.UNCOUNTED.warning(owners=few(map(repr, lost)))

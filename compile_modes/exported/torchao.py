@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 from torch import fx, nn
 
 from compile_modes import messages
+from compile_modes.errors import few_lines
 from compile_modes.exported.binding import bind
 from compile_modes.exported.planning import plan_binding
 from compile_modes.exported.recompose import recompose
@@ -90,6 +91,5 @@ def _complain(report: Report, training: bool) -> None:
     if not report.refused:
         return
     lines = [f"  {site.node.name} (owner {site.owner!r}): {why}" for site, why in report.refused]
-    more = [f"  and {len(lines) - 5} more, see compile_modes.explain()"] if lines[5:] else []
     mode = "train" if training else "eval"
-    messages.NOT_MOVED.warn(count=len(lines), sites="\n".join(lines[:5] + more), mode=mode)
+    messages.NOT_MOVED.warn(count=len(lines), sites=few_lines(lines), mode=mode)

@@ -251,9 +251,9 @@ def test_reads_of_torchs_own_layers_do_not_count():
 
 def test_what_is_wrong_in_mixed_modes_alone_becomes_two_programs(monkeypatch):
     """Which module decides was not found: here, because one of two is not asked for."""
-    from compile_modes.exported import assembling
+    from compile_modes.exported.exporter import Exporter
 
-    monkeypatch.setattr(assembling.Explorer, "unclear", lambda *_: {"fc"})
+    monkeypatch.setattr(Exporter, "unclear", lambda *_: {"fc"})
     model = Child(TWO["or"])
     reference = copy.deepcopy(model)
     module = cm.export(model, (X,))

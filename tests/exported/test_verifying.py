@@ -11,7 +11,7 @@ from torch import nn
 from torch._inductor import config as inductor_config
 
 import compile_modes as cm
-from compile_modes.exported import assembling, exporter, pairing
+from compile_modes.exported import exporter, pairing
 from compile_modes.graph.dual import DualModule
 from exported.python_decides import GaussianNoise
 from exported.random_writers import X as WRITERS_X
@@ -560,7 +560,7 @@ def test_writes_that_are_taken_for_nothing_are_found(monkeypatch):
     model = nn.Sequential(Book("no_grad"), nn.Dropout(0.2))
     assert cm.export(model, (X,), verify=True) is not None
     monkeypatch.setattr(pairing, "has_effect", lambda module, node: node.is_impure())
-    monkeypatch.setattr(assembling.Explorer, "unclear", lambda *_: set())
+    monkeypatch.setattr(exporter.Exporter, "unclear", lambda *_: set())
     with pytest.raises(cm.VerifyError) as caught:
         cm.verify(cm.export(model, (X,), verify=False), model, X)
     assert caught.value.report.first.where == "buffer '0.book', call 1 of eval"
