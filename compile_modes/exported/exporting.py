@@ -77,7 +77,7 @@ def export(
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, nn.Module) or isinstance(model, torch.fx.GraphModule):
         raise messages.NOT_EAGER.error(kind=type(model).__name__)
-    _check_names(model)
+    _check_state(model)
     signature = inspect.signature(model.forward)
     with Exporter(model, args, kwargs, dynamic_shapes, progress=progress) as exporter:
         train, evaluation = exporter.both()
@@ -106,10 +106,12 @@ def export(
     return module
 
 
-def _check_names(model: nn.Module) -> None:
-    """Raises ExportError for state at the root that no exported module can hold under its name."""
+def _check_state(model: nn.Module) -> None:
+    """Raises ExportError for state that no exported module can hold: names of torch's, or made for inference."""
     children = {name: m for name, m in model._modules.items() if m is not None and {*m.parameters(), *m.buffers()}}
     for kind, named in (("buffer", model._buffers), ("parameter", model._parameters), ("submodule", children)):
         for name in named:
             if is_taken(name):
                 raise messages.NAME_OF_TORCH.error(kind=kind, name=name)
+    if frozen := [name for name, parameter in model.named_parameters() if parameter.is_inference()]:
+        raise messages.INFERENCE_PARAMETERS.error(names=few(map(repr, frozen)), kind=type(model).__name__)

@@ -61,6 +61,8 @@ def bind(
             raise messages.NO_SECOND_PROGRAM.error(kind=type(program).__name__, argument=name)
     if keep or dropout_p:
         raise messages.KEEP_OF_TWO.error()
+    if exported is evaluation:
+        raise messages.ONE_PROGRAM_TWICE.error()
     ours, theirs = (
         {site.training for site in sites(program) if not site.modeless} for program in (exported, evaluation)
     )

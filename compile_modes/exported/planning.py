@@ -12,6 +12,7 @@ from compile_modes.errors import ModeWarning, few, few_lines
 from compile_modes.graph.aliases import reused
 from compile_modes.graph.explain import beside, overriding
 from compile_modes.graph.finding import find
+from compile_modes.graph.ops import lookup
 from compile_modes.graph.owners import is_batch_norm, is_observing
 from compile_modes.graph.regions import regions, samplers
 from compile_modes.graph.requests import check_probabilities, no_match, owner_matches
@@ -71,14 +72,15 @@ def plan_binding(
         view: the graphs.
         keep, dropout_p: as for :func:`bind`.
         gone: modules of which an eval export has nothing.
-        decomposed: whether the program is, so that whose statistics a write updates can't be told.
+        decomposed: whether the program is, so that it can't be told by the node whose statistics a write updates.
     """
     keep = (keep,) if isinstance(keep, str) else keep
     found = find(view)
     drawn = _unclear(view)
     # Of a batch norm without a site, whose result nobody reads, the counter is here.
-    writes = [] if decomposed else beside(view, found)
-    written = [(path, view.owner[n]) for n, path in writes if not is_batch_norm(n) and not is_observing(n)]
+    writes = [(n, path) for n, path in beside(view, found) if not is_batch_norm(n) and not is_observing(n)]
+    norms = _with_statistics(view) if decomposed else set()  # their writes stand at the end, with the root for owner
+    written = [(path, view.owner[n]) for n, path in writes if path.rpartition(".")[0] not in norms]
     kept = _kept(
         found, keep, {*gone, *(view.owner[node] for node in drawn), *(name for names in written for name in names)}
     )
@@ -120,6 +122,18 @@ def _kept(found: list[Site], keep: Sequence[str], other_owners: set[str]) -> set
             raise no_match(pattern, owners, "keep")
     kept = {site for site in found if _matches_any(site.owner, keep)}
     return {site for site in found if not site.bound and (site in kept or note(site.node).get("mode") == KEPT)}
+
+
+def _with_statistics(view: View) -> set[str]:
+    """The modules whose buffers are statistics of an op, in whatever form."""
+    found = set()
+    for body in view.bodies:
+        for node in body.graph.nodes:
+            row = lookup(node.target)
+            if row is not None and row.stats:
+                paths = (view.state[operand] for operand in node.all_input_nodes)
+                found |= {path.rpartition(".")[0] for path in paths if path is not None}
+    return found
 
 
 def _unasked(written: list[tuple[str, str]], keep: Sequence[str]) -> list[str]:

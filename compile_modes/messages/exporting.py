@@ -175,3 +175,16 @@ SWAPPED = Error(
     "bind(train_program, evaluation=eval_program)",
     raised=BindError,
 )
+ONE_PROGRAM_TWICE = Error(
+    "CM327",
+    "both programs are the same one, so that nothing is known of the other mode",
+    "bind(train_program, evaluation=eval_program); or bind(program), if there is no other",
+    raised=BindError,
+)
+INFERENCE_PARAMETERS = Error(
+    "CM328",
+    "the parameters {names} are inference tensors, which can be neither trained nor traced",
+    "build the model, and load its weights, outside of inference_mode()",
+    where="{kind}",
+    raised=ExportError,
+)

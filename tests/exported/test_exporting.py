@@ -392,6 +392,13 @@ class Named(nn.Module):
         return self.drop(named(self.fc(x)) if isinstance(named, nn.Module) else named * self.fc(x))
 
 
+def test_parameters_made_for_inference_are_refused_by_name():
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(4, 4), nn.Dropout())
+    with pytest.raises(cm.ExportError, match=r"^CM328: the parameters '0.weight', '0.bias' are inference tensors"):
+        cm.export(model, (torch.randn(2, 4),))
+
+
 @pytest.mark.parametrize("kind", ["buffer", "parameter", "submodule"])
 @pytest.mark.parametrize("name", ["code", "graph", "meta", "shape_env", "recompile"])
 @pytest.mark.every(2)

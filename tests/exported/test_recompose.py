@@ -97,6 +97,7 @@ def test_train_exports_with_dropouts_equal_eager(build, x, form, table):
     agrees(reference, cm.bind(form(decomposed(reference, True, x, table=table))), inputs=[x])
 
 
+@pytest.mark.filterwarnings("ignore:CM240")  # of the counter that counts in both modes, as it is meant to
 @STARTS
 @pytest.mark.parametrize(
     ("build", "x"), [(BatchNorms, torch.randn(3, 4, 5)), (ConvNet, IMAGE), (Twice, VECTORS), (UserCounter, VECTORS)]
@@ -206,6 +207,7 @@ def test_train_and_eval_calls_on_the_same_statistics():
     torch.testing.assert_close(bound.eval()(VECTORS), reference.eval()(VECTORS))
 
 
+@pytest.mark.filterwarnings("ignore:CM240")  # of the counter that counts in both modes, as it is meant to
 def test_buffers_of_the_users_own_are_updated_as_before():
     class Ema(nn.Module):
         def __init__(self):

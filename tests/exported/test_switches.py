@@ -348,3 +348,5 @@ def test_two_programs_the_wrong_way_round_are_refused():
     train, evaluation = (torch.export.export(model.train(mode), (X,)) for mode in (True, False))
     with pytest.raises(cm.BindError, match="CM326: the program for evaluation has ops in train mode"):
         cm.bind(evaluation, evaluation=train)
+    with pytest.raises(cm.BindError, match="CM327: both programs are the same one"):
+        cm.bind(train, evaluation=train)

@@ -110,6 +110,17 @@ def test_an_eval_export_says_what_eval_does():
     assert said(export(Book("no_grad", mode=False), nn.Dropout(0.2), training=False)) == []
 
 
+def test_decomposed_programs_say_so_too():
+    texts = said(export(Book("no_grad"), nn.Dropout(0.2)).run_decompositions())
+    assert any(text.startswith("CM240: '0.book' are written in both modes") for text in texts)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(4), nn.BatchNorm1d(4, affine=False)], ids=["affine", "plain"])
+def test_statistics_of_decomposed_norms_are_theirs(norm):
+    program = export(nn.Linear(4, 4), norm, nn.Dropout(0.2)).run_decompositions()
+    assert not [text for text in said(program) if text.startswith("CM240")]
+
+
 def test_nothing_is_said_again_of_what_is_bound():
     with pytest.warns(cm.ModeWarning, match="CM240"):
         module = cm.bind(export(Book("no_grad"), nn.Dropout(0.2)))
