@@ -20,6 +20,9 @@ from torch._logging._internal import trace_structured
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 
+from compile_modes._compat.direct_calls import GUARDS as GUARDS
+from compile_modes._compat.direct_calls import enter_directly, is_direct
+
 # Base of BatchNorm1d to 3d, SyncBatchNorm and the lazy ones: the modules whose forward advances num_batches_tracked.
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 NORMS = nn.modules.batchnorm._NormBase  # base of those, and of InstanceNorm1d to 3d
@@ -34,9 +37,6 @@ CONTROL_FLOW = (RestartAnalysis, SkipFrame)
 
 # What export calls the pass that gave nodes of ep.module() their names.
 EXPORTED = "ExportedProgram.module()"
-
-# The submodule by which ep.module() checks its inputs.
-GUARDS = "_guards_fn"
 
 # Higher-order ops that run their one body exactly once: a statement inside the body may as well stand before the call.
 AUTOCAST: HigherOrderOperator = torch.ops.higher_order.wrap_with_autocast
@@ -58,6 +58,11 @@ def aten_overload(name: str) -> OpOverload | None:
     return found if isinstance(found, OpOverload) else None
 
 
+def is_literal(name: str) -> bool:
+    """Whether ``torch.export`` has made up the name of a constant: that of ``torch.tensor(1.0)`` in a model's code."""
+    return name.rpartition(".")[2].startswith(("lifted_tensor_", "_tensor_constant"))
+
+
 def draws_random_numbers(target: Any) -> bool:
     """Whether a call consumes numbers of the default generator, by torch's own tag."""
     return isinstance(target, OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
@@ -75,6 +80,7 @@ def refresh(module: nn.Module) -> None:
         kept = {name: value for name, value in vars(old).items() if name not in generated}
         module.__class__ = type(old.__name__, old.__bases__, {**kept, "__qualname__": old.__qualname__})
         module.recompile()
+        enter_directly(module)
         if "__signature__" in vars(module):
             sign(module, vars(module)["__signature__"])
     else:  # UnflattenedModule and InterpreterModule keep a GraphModule beside their graph
@@ -86,11 +92,11 @@ def refresh(module: nn.Module) -> None:
 def sign(module: nn.Module, signature: inspect.Signature) -> None:
     """Lets ``inspect.signature`` of a module say the names of its arguments, and that of a generated ``forward``.
 
-    ``torch.export`` takes the names of a program's inputs from there. A generated ``forward`` has the arguments that
-    were exported by name in the order of that call, whatever their order in the model.
+    ``torch.export`` takes the names of a program's inputs from there. A ``forward`` that torch generates has the
+    arguments that were exported by name in the order of that call, whatever their order in the model.
     """
     module.__dict__["__signature__"] = signature
-    if isinstance(module, fx.GraphModule):
+    if isinstance(module, fx.GraphModule) and not is_direct(module):
         first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
         forward: Any = type(module).forward
         forward.__signature__ = signature.replace(parameters=[first, *signature.parameters.values()])

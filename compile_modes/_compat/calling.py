@@ -85,6 +85,11 @@ def has_check(module: nn.Module) -> bool:
     return _check_input_constraints_pre_hook in module._forward_pre_hooks.values()
 
 
+def checks_sizes(module: nn.Module) -> bool:
+    """Whether a function in the graph looks at the sizes of the inputs."""
+    return GUARDS in module._modules
+
+
 def take_over_check(module: nn.Module, hook: Any) -> None:
     """Puts a forward pre-hook with keywords into the place of that check, or before all others if there is none."""
     for key, present in module._forward_pre_hooks.items():
@@ -101,7 +106,7 @@ def check(module: nn.Module, args: Any, kwargs: Any, plain: bool) -> None:
     Args:
         plain: whether tensors alone are known to be right.
     """
-    if plain and GUARDS in module._modules:
+    if plain and checks_sizes(module):
         for value in (*args, *kwargs.values()):
             if not isinstance(value, torch.Tensor):
                 break

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 TORCH = os.path.join(os.path.dirname(torch.__file__), "")  # what the names of torch's own files begin with
-_LAYERS = os.path.join(TORCH, "nn", "")
+_NN = os.path.join(TORCH, "nn", "")  # layers, and in utils what looks at their mode for more than an op
+_LAYERS = os.path.join(TORCH, "nn", "modules", "")
 _recording = threading.RLock()  # a property of a class is everybody's
 
 
@@ -41,11 +42,13 @@ def mode_reads(model: nn.Module, found: set[str], by_others: set[str]) -> Iterat
         if threading.get_ident() == here and id(vars(module)) in names:
             frame = sys._getframe(1)
             reader = frame.f_code.co_filename
-            if not reader.startswith(TORCH) or (reader.startswith(_LAYERS) and module._modules):
+            handed_on = reader.startswith(_LAYERS) and not module._modules
+            if not reader.startswith(TORCH) or (reader.startswith(_NN) and not handed_on):
                 found.update(names[id(vars(module))])
                 names_of = frame.f_code.co_varnames
                 itself = frame.f_locals.get(names_of[0]) if names_of else None  # "self", as a rule
-                if not isinstance(itself, nn.Module) or vars(itself) is not vars(module):
+                own = isinstance(itself, nn.Module) and vars(itself) is vars(module)
+                if not own and not reader.startswith(_NN):
                     by_others.update(names[id(vars(module))])
         try:
             return bool(module.__dict__["training"])

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from compile_modes import _compat, messages
-from compile_modes._compat import calling
+from compile_modes._compat import calling, direct_calls
 from compile_modes.errors import CallError
 from compile_modes.graph.owners import module_classes
 
@@ -53,6 +53,27 @@ class Arguments:
         if self.checked:
             calling.check(module, args, kwargs, self.plain)
         return args, kwargs
+
+    @calling.not_a_frame
+    def ordered(self, module: nn.Module, given: dict[str, Any]) -> tuple[Any, ...]:
+        """The values for the graph's inputs, by the names that generated code has for them; ``...`` isn't given."""
+        named, traced = {}, _stands_for_values(given)
+        for name, value in given.items():
+            if value is not ... and (not traced or name in self.positional or name in self.keywords):
+                named[name] = value
+        args, kwargs = self._as_exported((), named)
+        if self.checked and not traced:
+            calling.check(module, args, kwargs, self.plain)
+        return (*args, *kwargs.values())
+
+    def explain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raises CallError if the program can't be called so."""
+        self._as_exported(args, kwargs)
+
+    def retraced(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """The values for the graph's inputs, of the arguments that ``torch.export`` was given."""
+        self._before_retrace(module, args, kwargs)
+        return (*args, *kwargs.values())
 
     def __eq__(self, other: object) -> bool:
         """Takes the one chance to see how ``torch.export`` calls a GraphModule, and to put its keywords in order."""
@@ -170,7 +191,11 @@ class _Copied:
 
 def _install(module: nn.Module, arguments: Arguments) -> None:
     signature = arguments.signature()
-    calling.take_over_check(module, replace(arguments, shown=str(signature)))
+    arguments = replace(arguments, shown=str(signature))
+    plain = isinstance(module, fx.GraphModule) and arguments.plain
+    checked_by_graph = not arguments.checked or calling.checks_sizes(module)
+    if not (plain and checked_by_graph and direct_calls.call_directly(module, arguments)):
+        calling.take_over_check(module, arguments)
     _compat.sign(module, signature)
 
 
@@ -197,6 +222,14 @@ def _order(forward: inspect.Signature, found: calling.Inputs) -> tuple[str, ...]
     if inspect.Parameter.VAR_KEYWORD not in kinds and not forward.parameters.keys() >= set(found.keywords):
         return None
     return tuple(by_position) + rest
+
+
+@calling.not_a_frame
+def _stands_for_values(given: dict[str, Any]) -> bool:
+    """Whether ``fx.symbolic_trace`` passes what stands for values that it doesn't have."""
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    return any(isinstance(value, fx.Proxy) for value in given.values())
 
 
 @calling.not_a_frame

@@ -62,7 +62,7 @@ def assemble(
     unclear = exporter.unclear(*roots) if exporter is not None else set()
     if unclear and not difference:
         difference = f"what follows the mode of {', '.join(map(repr, sorted(unclear)))}"
-    if not together:
+    if not together or between or witnesses:
         difference = difference or "what they do where submodules are in different modes"
     explored: Explored | None = None
     graphs: list[OneGraph] | None = None
@@ -80,7 +80,7 @@ def assemble(
             together, difference = False, f"{difference}; {why}" if str(why) not in difference else difference
             if exporter is not None and explored is not None:
                 unclear = exporter.unclear(*roots)
-                followers = explored.deciders | (exporter.readers if why.owners else unclear)
+                followers = explored.deciders | why.owners | (exporter.readers if why.owners else unclear)
                 sides, graphs = _sides(exporter, (train, evaluation), unclear) if followers - {""} else ([], [])
                 followers = set() if sides else followers
     if module is None:

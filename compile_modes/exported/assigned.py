@@ -51,6 +51,7 @@ class _Forward:
         self._given: _Buffers = {}
 
     def run(self, export: Callable[[], _T]) -> _T:
+        found = {id(m): (m, dict(m._buffers)) for m in self.model.modules()}
         entering = self.model.register_forward_pre_hook(self._enter, prepend=True)
         leaving = self.model.register_forward_hook(self._leave)
         try:
@@ -58,6 +59,9 @@ class _Forward:
         finally:
             entering.remove()
             leaving.remove()
+            for module, buffers in found.values():  # what was assigned stands for a value that there was none of
+                module._buffers.clear()
+                module._buffers.update(buffers)
 
     def _enter(self, model: nn.Module, *_: Any) -> None:
         self.assigned = set()
@@ -69,6 +73,8 @@ class _Forward:
 
     def _leave(self, model: nn.Module, *_: Any) -> None:
         after = _buffers(model)
+        for place in after.keys() - self._given.keys():
+            raise messages.ASSIGNED.error(why="a tensor where there was none", where=f"buffer {join(*place)!r}")
         for place, given in self._given.items():
             now, path = after.get(place), join(*place)
             if now is not given:

@@ -48,6 +48,7 @@ def compared(
         for number, modes in enumerate(_mode_vectors(model, pair.inner, vectors)):
             pair.compare(report, modes | {n: m for n, m in (kept or {}).items() if n in modes}, number, tolerance)
     finally:
+        model.train(pair.mode)  # for models whose train() does more than set flags
         pair.restore()
     if not report.vectors:
         raise messages.NOTHING_COMPARED.error(left_out="\n".join(f"  {why}" for why in report.left_out))
@@ -60,6 +61,7 @@ class _Pair:
     def __init__(self, ours: nn.Module, model: nn.Module, inputs: Any) -> None:
         self.ours, self.model, self.inputs = ours, model, inputs
         self.inner: nn.Module = getattr(ours, "_orig_mod", ours)
+        self.mode = model.training
         self.start = dict(State.of(model).values({}))
         self._snapshots = [Snapshot(model), Snapshot(ours)]
         self._compiled = any(is_compiled(m) for m in ours.modules())
@@ -78,6 +80,7 @@ class _Pair:
             return
         seeds = [1000 * (number + 1) + step for step in range(report.steps)]
         self.restore()
+        self.model.train(modes[""])
         for name, module in self.model.named_modules():
             module.training = within(modes, plain(name))
         with torch.inference_mode(False), torch.enable_grad(), _eager(self.model):

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from compile_modes import _compat, messages
 from compile_modes._compat.data import data_is_traced
+from compile_modes._compat.lost_calls import nothing_is_lost
 from compile_modes._compat.readers import mode_reads
 from compile_modes.console import counter
 from compile_modes.errors import ExportError, summary
@@ -50,7 +52,8 @@ class Exporter:
         *,
         progress: bool = False,
     ) -> None:
-        self.model, self.args, self.kwargs = model, args, dict(kwargs) if kwargs is not None else None
+        self.model, self.args = model, _traceable(args)
+        self.kwargs = _traceable(dict(kwargs)) if kwargs is not None else None
         self.dynamic_shapes, self.progress = dynamic_shapes, progress
         self.modes, self.readers, self.read_by_others = flags(model), set[str](), set[str]()
         self.kept: dict[str, bool] = {}
@@ -107,7 +110,7 @@ class Exporter:
         start = time.perf_counter()
         try:
             with (
-                exportable(self.model), faithful(), data_is_traced(_refused),
+                exportable(self.model), faithful(), data_is_traced(_refused), nothing_is_lost(_lost),
                 mode_reads(self.model, self.readers, self.read_by_others),
             ):  # fmt: skip
                 program = keeping_assignments(self.model, self._run)
@@ -128,8 +131,18 @@ class Exporter:
         return torch.export.export(self.model, self.args, self.kwargs, dynamic_shapes=self.dynamic_shapes, strict=False)
 
 
+def _traceable(inputs: Any) -> Any:
+    """Arguments with copies of tensors that were made in inference mode."""
+    with torch.inference_mode(False):
+        return pytree.tree_map_only(torch.Tensor, lambda t: t.clone() if t.is_inference() else t, inputs)
+
+
 def _refused(why: str) -> ExportError:
     return messages.ASSIGNED.error(why=why, where="an assignment to .data")
+
+
+def _lost(what: str) -> ExportError:
+    return messages.LOST_CALL.error(what=what)
 
 
 def _drawn_since(generators: list[tuple[str, Callable[[Any], Any], Any]]) -> list[str]:

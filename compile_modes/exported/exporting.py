@@ -113,5 +113,8 @@ def _check_state(model: nn.Module) -> None:
         for name in named:
             if is_taken(name):
                 raise messages.NAME_OF_TORCH.error(kind=kind, name=name)
+    for name, module in model.named_modules():
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise messages.LOST_CALL.error(what=f"hooks on the gradients of {name or type(model).__name__!r}")
     if frozen := [name for name, parameter in model.named_parameters() if parameter.is_inference()]:
         raise messages.INFERENCE_PARAMETERS.error(names=few(map(repr, frozen)), kind=type(model).__name__)

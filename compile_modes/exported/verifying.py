@@ -33,9 +33,10 @@ def verify(
     Both are called in train, in eval, and in random modes of every submodule that both have, several times in each,
     from the same state and with the same seeds. Compared are the outputs and their structure; what a backward pass
     gives for parameters and for inputs that require grad, or that nothing arrives there; every parameter and buffer;
-    tensors among the arguments; and the states of torch's generators. Modes are set by their flags: a ``train()`` of
-    the model's own is not called. Mode vectors of which a ModeWarning says that the module doesn't follow them, and
-    random ones in which the model itself fails, are left out, and listed.
+    tensors among the arguments; and the states of torch's generators. The model is put into the root's mode by its
+    ``train()``, and each submodule into its own by its flag, not by a ``train()`` of its own. Mode vectors of which a
+    ModeWarning says that the module doesn't follow them, and random ones in which the model itself fails, are left out,
+    and listed.
 
     Afterwards everything is as before, also if a call raises: parameters, buffers, flags, ``.grad``, the arguments, and
     the generators of torch (CPU and CUDA), Python and NumPy. Not restored: Python state and tensors that ``forward``

@@ -188,3 +188,9 @@ INFERENCE_PARAMETERS = Error(
     where="{kind}",
     raised=ExportError,
 )
+LOST_CALL = Error(
+    "CM329",
+    "torch.export drops {what}, so that the program would do something else",
+    "leave it to the code that calls the model",
+    raised=ExportError,
+)

@@ -29,6 +29,8 @@ class Values:
             return {name: self.paired(old[name], new[name], consumer) for name in old}
         if is_value(old) or is_value(new) or isinstance(old, tuple | list | dict):
             raise Unmatched("the structure of the outputs" if consumer is None else f"arguments of {consumer.node}")
+        if consumer is None and (type(old) is not type(new) or old != new):
+            raise Unmatched(f"the outputs: {new!r} and {old!r}")
         return new
 
     def _resolve(self, old: Any, new: Any, consumer: Op | None) -> Any:

@@ -129,6 +129,7 @@ class _Tracer:
         self.counters: dict[fx.Node, Any] = {site.node: site.step.args[0] for site in found if site.step is not None}
         state = (*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False))
         self.homes = {storage(t): canonical(name).rpartition(".")[0] for name, t in state}
+        self.names: dict[Any, str] = {}  # of constants
         self.ops: list[Op] = []
 
     def trace(self) -> Trace:
@@ -142,7 +143,7 @@ class _Tracer:
         """Adds the ops of one graph; returns what it returns."""
         for node in module.graph.nodes:
             if node.op == "get_attr":
-                values[node] = self.held(attribute(module, str(node.target)))
+                values[node] = self.held(attribute(module, str(node.target)), str(node.target))
             elif node.op == "output":
                 return fx.map_arg(node.args[0], values.__getitem__)
             elif node.op == "call_function" and node not in self.steps:
@@ -169,14 +170,16 @@ class _Tracer:
         self.ops.append(op)
         return given[0] if _is_in_place(node) else op  # one tensor, whichever op has written to it last
 
-    def held(self, value: Any) -> Any:
+    def held(self, value: Any, name: str) -> Any:
         if isinstance(value, fx.GraphModule):
             return Graph(value)
         if not isinstance(value, torch.Tensor):
             return Held(("object", id(value)), value)
         if storage(value) in self.homes:
             return Held(("state", storage(value)), value)
-        return Held(("constant", value.dtype, tuple(value.shape), value.device, _digest(value)), value)
+        # Of two that are equal, one may be written. Those in the code of the model have other numbers in each program.
+        home = "" if _compat.is_literal(name) else self.names.setdefault(storage(value), name)
+        return Held(("constant", home, value.dtype, tuple(value.shape), value.device, _digest(value)), value)
 
     def owner(self, node: fx.Node, given: Any) -> str:
         """Copies of assigned buffers, at both ends of the program, belong to the module that assigns them."""
