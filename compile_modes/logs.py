@@ -15,6 +15,11 @@ from compile_modes import _compat
 logger = logging.getLogger("compile_modes")
 
 
+def listening() -> bool:
+    """Whether anyone wants to see graphs or sites."""
+    return logger.isEnabledFor(logging.INFO) or _compat.is_traced()
+
+
 def graph(stage: str, module: fx.GraphModule) -> None:
     """Records a graph under the name of the stage that it has come through: "captured" or "rewritten"."""
     artifact(f"{stage}_graph", lambda: str(module.print_readable(print_output=False)))

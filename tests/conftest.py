@@ -62,3 +62,13 @@ def no_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch._dynamo.lookup_backend("aot_eager")
 
     monkeypatch.setattr(_compat, "inductor", handover)
+
+
+@pytest.fixture
+def listening():
+    """Someone wants to see the graphs, so that each is captured, whether or not a form has work in it."""
+    logger = logging.getLogger("compile_modes")
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    yield
+    logger.setLevel(before)

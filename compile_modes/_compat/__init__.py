@@ -16,7 +16,7 @@ from torch._decomp.decompositions import one_layer_lstm
 from torch._dynamo.exc import RestartAnalysis, SkipFrame
 from torch._dynamo.exc import ShortenTraceback as ShortenTraceback
 from torch._inductor import config as inductor_config
-from torch._logging._internal import trace_structured
+from torch._logging._internal import trace_log, trace_structured
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 
@@ -156,6 +156,11 @@ def draws_as_eager() -> bool:
 def trace_artifact(name: str, text: Callable[[], str]) -> None:
     """Adds a text to the structured trace that ``TORCH_TRACE`` asks for and tlparse shows; no work without it."""
     trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=text)
+
+
+def is_traced() -> bool:
+    """Whether the structured trace is written; torch's own handler finds out when it is first needed."""
+    return any(getattr(handler, "root_dir", True) for handler in trace_log.handlers)
 
 
 def reset_inductor() -> None:

@@ -19,6 +19,7 @@ from compile_modes.backend.owners import Names, name_owners
 from compile_modes.backend.unreached import watch, watch_for
 from compile_modes.errors import CaptureError, few, summary
 from compile_modes.forms.lower import lower
+from compile_modes.forms.needed import may_lower
 from compile_modes.forms.saved_reads import keyed
 from compile_modes.graph.finding import sites
 from compile_modes.graph.functional import is_kept
@@ -71,6 +72,8 @@ def pt2e_modes(
     _warn_unbound(frames.frame_modules())
     if full := make_room((mode, repr(parsed)), parsed.mode_vectors):
         messages.warn_once(full)
+    if not parsed.explicit and not logs.listening() and not may_lower(gm):
+        return compile_fx(gm, example_inputs)  # the modes are those that Dynamo has read
     try:
         captured = capture(gm, example_inputs)
     except CaptureError as error:

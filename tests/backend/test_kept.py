@@ -133,6 +133,7 @@ KEPT_WITH_MODES = {
 
 @pytest.mark.parametrize("kind", KEPT_WITH_MODES)
 @pytest.mark.every(2)
+@pytest.mark.usefixtures("listening")
 def test_modes_that_are_kept(kind):
     inner, owner = KEPT_WITH_MODES[kind]
     reference = Net(inner)
@@ -154,6 +155,7 @@ def test_modes_that_are_kept(kind):
 
 
 @pytest.mark.parametrize("function", [_allowed_dropout, _traced_dropout], ids=["allow_in_graph", "nonstrict_trace"])
+@pytest.mark.usefixtures("listening")
 def test_a_function_in_the_graph_with_a_mode_inside(function):
     module = Net(lambda net, x: function(net.fc(x)))
     with pytest.warns(cm.ModeWarning, match="Overrides would not reach"):
@@ -165,6 +167,7 @@ def test_a_function_in_the_graph_with_a_mode_inside(function):
         compile_(module, training=False)(X)
 
 
+@pytest.mark.usefixtures("listening")
 def test_bodies_that_cannot_be_traced_stay_as_they_came(monkeypatch):
     from compile_modes.backend import capture
 
@@ -207,6 +210,7 @@ class Unretraceable(nn.Module):
         return self.body(x) + y.float()
 
 
+@pytest.mark.usefixtures("listening")
 def test_what_cannot_be_captured_goes_on_as_it_came():
     reference = Unretraceable()
     module = copy.deepcopy(reference)
@@ -300,6 +304,7 @@ def test_functions_of_integers_compile_as_often_as_stock():
         assert graphs_compiled() - before == 2
 
 
+@pytest.mark.usefixtures("listening")
 def test_what_inductor_fails_on_goes_on_as_it_came(monkeypatch):
     def inductor(mode, options):
         def compile_fx(gm, example_inputs):
