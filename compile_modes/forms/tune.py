@@ -8,7 +8,7 @@ pass and again in the backward pass, so that it pays where outputs are many agai
 """
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -61,8 +61,9 @@ _ENDS = frozenset(
 # These read their input from memory, so that stock keeps it beside the input of the norm.
 _READS_INPUT = frozenset({*_CHANNELS, aten.matmul.default})
 
-# How many outputs a convolution must have for each of its weights.
-_OUTPUTS_PER_WEIGHT = 1
+# How many outputs a convolution must have for each of its weights. With fewer, steps take longer: resnet18 with all its
+# norms folded takes 1.1 to 1.2 times as long, for a few percent of memory.
+_OUTPUTS_PER_WEIGHT = 0.2
 
 
 @dataclass(eq=False)
@@ -223,39 +224,48 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 
 
 def _fold(pair: Pair) -> None:
-    """Puts the new weight and bias before the convolution, and the convolution into the norm's place."""
+    """Gives the convolution its new weight, and puts what it returns, with the new bias added, into the norm's place.
+
+    Inductor fuses the sum with what follows, in both passes, which is faster than the convolution's own bias.
+    """
     site, linear = pair.site, pair.linear
     given = {name: node for name, node in pair.operands().items() if node is not None}
-    shape = [1] * _compat.value(given["w"]).ndim
-    shape[_CHANNELS[linear.target]] = -1
-    dtype, eps = _compat.value(linear).dtype, float(site.read("eps"))
+    result, eps = _compat.value(linear), float(site.read("eps"))
 
     def products(*values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return _products(dict(zip(given, values, strict=True)), shape, eps, dtype)
+        weight, bias = _products(dict(zip(given, values, strict=True)), _CHANNELS[linear.target], eps)
+        return weight.to(result.dtype), bias.reshape(-1, *[1] * (result.ndim - 2))  # weight: as autocast would have it
 
-    traced = trace_in_place_of(site.node, products, [_compat.value(node) for node in given.values()])
-    graph = linear.graph
-    before = set(graph.nodes)
-    with graph.inserting_before(linear):
-        inputs = traced.graph.find_nodes(op="placeholder")
-        results: Any = graph.graph_copy(traced.graph, dict(zip(inputs, given.values(), strict=True)))
-    for node in graph.nodes:
-        if node not in before:
-            node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
-    _call_with(linear, weight=results[0], bias=results[1])
-    site.node.replace_all_uses_with(linear)
-    graph.erase_node(site.node)
+    def shifted(value: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor]:
+        return ((value + bias).to(result.dtype),)
+
+    last = linear.prev
+    weight, bias = _insert(linear, site.node, products, list(given.values()))
+    for node in takewhile(lambda node: node is not linear, _after(last)):
+        node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+    _call_with(linear, weight=weight, bias=None)
+    (value,) = _insert(site.node, site.node, shifted, [linear, bias])
+    site.node.replace_all_uses_with(value)
+    site.node.graph.erase_node(site.node)
 
 
-def _products(
-    given: Mapping[str, torch.Tensor], shape: list[int], eps: float, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weight and the bias that stand for both: computed in float32 or more, then of the type that autocast asks."""
+def _products(given: Mapping[str, torch.Tensor], channels: int, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weight and the bias that stand for both, in float32 or more."""
     precise = {name: value.to(torch.promote_types(value.dtype, torch.float32)) for name, value in given.items()}
     s = precise["gamma"] * torch.rsqrt(precise["running_var"] + eps)
     shift = -precise["running_mean"] if "b" not in given else precise["b"] - precise["running_mean"]
     bias = shift * s if "beta" not in given else shift * s + precise["beta"]
-    return (precise["w"] * s.reshape(shape)).to(dtype), bias.to(dtype)
+    shape = [1] * given["w"].ndim
+    shape[channels] = -1
+    return precise["w"] * s.reshape(shape), bias
+
+
+def _insert(before: fx.Node, like: fx.Node, function: Callable[..., Any], operands: Sequence[fx.Node]) -> Any:
+    """Traces a function on operands, and puts its nodes, with the meta of ``like``, in front of a node."""
+    traced = trace_in_place_of(like, function, [_compat.value(operand) for operand in operands])
+    inputs = traced.graph.find_nodes(op="placeholder")
+    with before.graph.inserting_before(before):
+        return before.graph.graph_copy(traced.graph, dict(zip(inputs, operands, strict=True)))
 
 
 def _call_with(node: fx.Node, **changed: Any) -> None:
