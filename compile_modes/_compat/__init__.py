@@ -113,6 +113,19 @@ def may_require_grad(node: fx.Node) -> bool:
     return seen.requires_grad if isinstance(seen, torch.Tensor) else not isinstance(seen, int | float | torch.SymInt)
 
 
+def numel_at_least(shape: Sequence[int | torch.SymInt]) -> int:
+    """How many elements a tensor has at least, whatever sizes its graph is called with; guards on nothing."""
+    count = 1
+    for size in shape:
+        if isinstance(size, torch.SymInt):
+            environment: Any = size.node.shape_env
+            low = environment.bound_sympy(size.node.expr).lower
+            count *= max(int(low), 0) if low.is_finite else 0
+        else:
+            count *= size
+    return count
+
+
 def grad_mode(node: fx.Node, before: bool) -> bool:
     """The grad mode that a node switches to, for its body or for all that follows; ``before`` if it does not."""
     switches = node.target in (torch._C._set_grad_enabled, torch.ops.higher_order.wrap_with_set_grad_enabled)

@@ -12,15 +12,14 @@ from compile_modes import _compat, logs, messages
 from compile_modes._compat import frames
 from compile_modes.backend.capture import capture
 from compile_modes.backend.mode_vectors import make_room
+from compile_modes.backend.needed import may_lower
 from compile_modes.backend.nested_regions import separate
 from compile_modes.backend.options import Options
 from compile_modes.backend.overrides import Asked, put_into_modes
 from compile_modes.backend.owners import Names, name_owners
 from compile_modes.backend.unreached import watch, watch_for
 from compile_modes.errors import CaptureError, few, summary
-from compile_modes.forms.lower import lower
-from compile_modes.forms.needed import may_lower
-from compile_modes.forms.saved_reads import keyed
+from compile_modes.forms.lower import keyed, lower
 from compile_modes.graph.finding import sites
 from compile_modes.graph.functional import is_kept
 from compile_modes.graph.sites import BOUND, Site
@@ -50,8 +49,9 @@ def pt2e_modes(
             attention that is put into train, but was traced in eval, where its probability is lost (torch's own
             ``MultiheadAttention`` is asked). Owners go by the names of ``named_modules()`` of the compiled module.
             ``mode_vectors``: how many combinations of modes to keep compiled per function, those used last; without
-            it, Dynamo's ``recompile_limit`` holds, beyond which the function runs in eager mode. Anything else is an
-            option of Inductor.
+            it, Dynamo's ``recompile_limit`` holds, beyond which the function runs in eager mode. ``tune``: True folds
+            batch norms in eval mode into the convolution in front, where gradients are needed and it saves memory.
+            Anything else is an option of Inductor.
 
     Returns:
         What Inductor compiled.
@@ -72,7 +72,7 @@ def pt2e_modes(
     _warn_unbound(frames.frame_modules())
     if full := make_room((mode, repr(parsed)), parsed.mode_vectors):
         messages.warn_once(full)
-    if not parsed.explicit and not logs.listening() and not may_lower(gm):
+    if not (parsed.explicit or parsed.tune or logs.listening() or may_lower(gm)):
         return compile_fx(gm, example_inputs)  # the modes are those that Dynamo has read
     try:
         captured = capture(gm, example_inputs)
@@ -90,11 +90,11 @@ def pt2e_modes(
     if not parsed.explicit:
         logs.modes(found, None)
         _warn_kept(found)
-        return _compile_either(compile_fx, lower(captured, found), gm, example_inputs)
+        return _compile_either(compile_fx, lower(captured, found, tuned=parsed.tune), gm, example_inputs)
     asked = Asked(parsed.training, parsed.overrides, parsed.dropout_p, frames.is_whole_frame(gm))
     watch(asked.training, asked.overrides, (site.owner for site in found), whole=asked.whole)
     decision = put_into_modes(captured, found, names, asked, _refusal)
-    lowered = lower(captured, found)
+    lowered = lower(captured, found, tuned=parsed.tune)
     logs.graph("rewritten", lowered)
     return _advancing(compile_fx(lowered, example_inputs), decision.outside.values())
 

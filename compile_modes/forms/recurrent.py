@@ -6,7 +6,7 @@ never true; and the gradients of an LSTM on CPU whose input needs none, for it p
 ``mkldnn_rnn_layer`` by looking at the input alone, and AOTAutograd then fails with an AssertionError.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -14,8 +14,9 @@ from torch import fx, nn
 
 from compile_modes import _compat
 from compile_modes._compat.tracing import trace_in_place_of
+from compile_modes.graph.followed import followed_by_autograd
 from compile_modes.graph.sites import Site
-from compile_modes.graph.view import Body, View
+from compile_modes.graph.view import View
 
 _Layer = Callable[[dict[str, Any]], tuple[torch.Tensor, ...]]
 _LSTM = torch.ops.aten.lstm.input
@@ -41,7 +42,7 @@ def split_layers(view: View, found: Iterable[Site]) -> tuple[list[tuple[Site, st
         not be: those on packed sequences, whose batch sizes no trace knows.
     """
     recurrent = [site for site in found if site.op.family == "rnn" and not site.op.refusal]
-    followed = _followed(view.bodies) if recurrent else set()
+    followed = followed_by_autograd(view.bodies) if recurrent else set()
     chosen: list[tuple[Site, str]] = []
     left: list[Site] = []
     edited: set[nn.Module] = set()
@@ -59,30 +60,6 @@ def split_layers(view: View, found: Iterable[Site]) -> tuple[list[tuple[Site, st
     for module in edited:
         _compat.refresh(module)
     return chosen, left
-
-
-def _followed(graphs: Sequence[Body]) -> set[fx.Node]:
-    """The nodes whose results autograd may follow; too many of them rather than too few."""
-    grad_at: dict[fx.Node, bool] = {}  # for a call that runs a body: the grad mode inside
-    followed: set[fx.Node] = set()
-    for body in graphs:
-        grad = torch.is_grad_enabled() if body.caller is None else grad_at[body.caller]
-        for node in body.graph.nodes:
-            grad_at[node] = _compat.grad_mode(node, grad)
-            if node not in body.children:
-                grad = grad_at[node]
-            if _follows(body, node, grad_at[node], followed):
-                followed.add(node)
-    return followed
-
-
-def _follows(body: Body, node: fx.Node, grad: bool, followed: set[fx.Node]) -> bool:
-    if node.op == "placeholder" and body.caller is not None:
-        operand = body.operands.get(node)
-        return operand is None or operand in followed  # the operands of a branch are not known
-    if node.op in ("placeholder", "get_attr"):
-        return _compat.may_require_grad(node)
-    return grad and any(operand in followed for operand in node.all_input_nodes)
 
 
 def _replace(site: Site, layer: _Layer, p: float) -> None:

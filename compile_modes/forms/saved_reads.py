@@ -1,9 +1,7 @@
 """Reads of statistics that the same graph writes: kept for the backward pass instead of being repeated in it."""
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
 
-import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -11,10 +9,6 @@ from compile_modes.graph import calls
 from compile_modes.graph.effects import is_view, viewed, written_operands
 from compile_modes.graph.sites import Site
 from compile_modes.graph.view import Body, View
-
-_PINNED = "compile_modes_pinned"  # in the meta of a graph with pinned reads
-# AOTAutograd's cache does not look at the tag, and must not answer with what was compiled without it.
-_CACHE_KEY = "compile_modes: reads of mutated buffers are saved"
 
 
 def pin_reads(view: View, found: Iterable[Site]) -> list[fx.Node]:
@@ -33,28 +27,18 @@ def pin_reads(view: View, found: Iterable[Site]) -> list[fx.Node]:
         The nodes that are saved where the backward pass needs them.
     """
     sites = {site.node: site for site in found}
-    operands = [s.read(name) for s in sites.values() if s.training for name in s.op.stats]
-    operands += [viewed(value) for node in view.nodes() for value in written_operands(node)]
-    written = {path for value in operands if isinstance(value, fx.Node) and (path := view.state[value])}
+    written = {path for value in written_values(view, sites.values()) if (path := view.state[value])}
     pinned = [n for body in view.bodies for n in _reads(body, written) if n not in sites and not calls.is_counter(n)]
     for node in pinned:
         node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-    view.root.__dict__["meta"][_PINNED] = bool(pinned)
     return pinned
 
 
-def keyed(compile_fx: Callable[..., Callable[..., Any]]) -> Callable[..., Callable[..., Any]]:
-    """A compiler whose cache keeps graphs with pinned reads apart from graphs without."""
-
-    config: Any = torch.compiler.config
-
-    def run(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        if not gm.meta.get(_PINNED):
-            return compile_fx(gm, example_inputs)
-        with config.patch(cache_key_tag=config.cache_key_tag + _CACHE_KEY):
-            return compile_fx(gm, example_inputs)
-
-    return run
+def written_values(view: View, found: Iterable[Site]) -> list[fx.Node]:
+    """What the graphs write to: the operands of nodes that say so, and the statistics of norms that train."""
+    operands = [site.read(name) for site in found if site.training for name in site.op.stats]
+    operands += [viewed(value) for node in view.nodes() for value in written_operands(node)]
+    return [value for value in operands if isinstance(value, fx.Node)]
 
 
 def _reads(body: Body, written: set[str]) -> Iterator[fx.Node]:

@@ -92,6 +92,13 @@ UNKNOWN_OPTION = Error(
     where="options",
     raised=OptionError,
 )
+NOT_A_SWITCH = Error(
+    "CM123",
+    "{name} is {value!r}",
+    "pass True or False",
+    where="options",
+    raised=OptionError,
+)
 INDISTINCT = Error(
     "CM130",
     "the pattern {pattern!r} names parts of one of several exported modules that can't be told apart",

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import compile_modes as cm
 from compile_modes.backend import entry
-from compile_modes.forms.needed import may_lower
+from compile_modes.backend.needed import may_lower
 from oracle import agrees
 from setups import compile_
 
