@@ -11,6 +11,7 @@ from torch.export.unflatten import UnflattenedModule
 from compile_modes import _compat, logs, messages
 from compile_modes._compat import frames
 from compile_modes.backend.capture import capture
+from compile_modes.backend.flags_as_data import Plan, plan
 from compile_modes.backend.mode_vectors import make_room
 from compile_modes.backend.needed import may_lower
 from compile_modes.backend.nested_regions import separate
@@ -51,6 +52,8 @@ def pt2e_modes(
             ``mode_vectors``: how many combinations of modes to keep compiled per function, those used last; without
             it, Dynamo's ``recompile_limit`` holds, beyond which the function runs in eager mode. ``tune``: True folds
             batch norms in eval mode into the convolution in front, where gradients are needed and it saves memory.
+            ``modes``: ``"data"`` has one graph for all modes of dropouts, which reads flags at each call, as far as
+            nothing else depends on these flags; what stays guarded is warned of.
             Anything else is an option of Inductor.
 
     Returns:
@@ -72,7 +75,7 @@ def pt2e_modes(
     _warn_unbound(frames.frame_modules())
     if full := make_room((mode, repr(parsed)), parsed.mode_vectors):
         messages.warn_once(full)
-    if not (parsed.explicit or parsed.tune or logs.listening() or may_lower(gm)):
+    if not (parsed.explicit or parsed.tune or logs.listening() or may_lower(gm) or parsed.modes):
         return compile_fx(gm, example_inputs)  # the modes are those that Dynamo has read
     try:
         captured = capture(gm, example_inputs)
@@ -90,7 +93,9 @@ def pt2e_modes(
     if not parsed.explicit:
         logs.modes(found, None)
         _warn_kept(found)
-        return _compile_either(compile_fx, lower(captured, found, tuned=parsed.tune), gm, example_inputs)
+        data = plan(captured, found, names) if parsed.modes else Plan()
+        lowered = lower(captured, found, tuned=parsed.tune, flags=data.chosen)
+        return _compile_either(compile_fx, lowered, gm, example_inputs, data)
     asked = Asked(parsed.training, parsed.overrides, parsed.dropout_p, frames.is_whole_frame(gm))
     watch(asked.training, asked.overrides, (site.owner for site in found), whole=asked.whole)
     decision = put_into_modes(captured, found, names, asked, _refusal)
@@ -112,11 +117,18 @@ def _compile_either(
     captured: fx.GraphModule,
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
+    data: Plan,
 ) -> Callable[..., Any]:
-    """Compiles the captured graph, or, should Inductor fail on it, the graph that stock Inductor would have got."""
+    """Compiles the captured graph, or, should Inductor fail on it, the graph that stock Inductor would have got.
+
+    Only what was compiled to take flags as an input does without guards on them.
+    """
     logs.graph("rewritten", captured)
     try:
-        return compile_fx(captured, example_inputs)
+        if not data.chosen:
+            return compile_fx(captured, example_inputs)
+        flags = _compat.value(captured.graph.find_nodes(op="placeholder")[-1])
+        return data.release(compile_fx(captured, [*example_inputs, flags]), flags.device)
     except _compat.CONTROL_FLOW:
         raise
     except Exception as error:  # Inductor's own; if the reason is not our stage, the second attempt raises it

@@ -10,7 +10,7 @@ import torch
 from compile_modes import messages
 from compile_modes.graph.requests import check_overrides, check_probabilities
 
-_OWN_OPTIONS = ("training", "overrides", "dropout_p", "mode_vectors", "tune")
+_OWN_OPTIONS = ("training", "overrides", "dropout_p", "mode_vectors", "tune", "modes")
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Options:
     inductor: Mapping[str, Any] = field(default_factory=dict)
     mode_vectors: int | None = None
     tune: bool = False
+    modes: str | None = None
 
     @property
     def explicit(self) -> bool:
@@ -32,9 +33,9 @@ class Options:
     @classmethod
     def parse(cls, mode: str | None, options: Mapping[str, Any] | None) -> "Options":
         """Validates ``mode=`` and ``options=`` of ``torch.compile``; raises OptionError."""
-        modes = list(torch._inductor.list_mode_options())
-        if mode is not None and mode != "default" and mode not in modes:
-            raise messages.NOT_A_COMPILE_MODE.error(mode=mode, suggestion=_near(mode, modes))
+        known_modes = list(torch._inductor.list_mode_options())
+        if mode is not None and mode != "default" and mode not in known_modes:
+            raise messages.NOT_A_COMPILE_MODE.error(mode=mode, suggestion=_near(mode, known_modes))
         given = dict(options or {})
         training = given.pop("training", None)
         overrides = check_overrides(training, given.pop("overrides", None))
@@ -45,11 +46,16 @@ class Options:
         tune = given.pop("tune", False)
         if type(tune) is not bool:
             raise messages.NOT_A_SWITCH.error(name="tune", value=tune)
+        modes = given.pop("modes", None)
+        if modes not in (None, "data"):
+            raise messages.NOT_DATA.error(modes=modes)
+        if modes and (training is not None or overrides):
+            raise messages.DATA_AND_ASKED.error()
         known = torch._inductor.list_options()
         for key in given:
             if key.replace("-", "_") not in known:
                 raise messages.UNKNOWN_OPTION.error(key=key, suggestion=_near(key, [*_OWN_OPTIONS, *known]))
-        return cls(training, overrides, dropout_p, given, vectors, tune)
+        return cls(training, overrides, dropout_p, given, vectors, tune, modes)
 
 
 def _near(name: str, known: Sequence[str]) -> str:

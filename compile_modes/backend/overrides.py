@@ -196,7 +196,7 @@ def decided_by_python(
 
     What depends on their mode is Python's decision, which Dynamo has traced as the flag says.
     """
-    undecided = (names.read - {site.owner for site in found}) | _switched(names)
+    undecided = (names.read - {site.owner for site in found}) | switched(names)
     return sorted(
         f"{name!r} ({type(module).__name__})"
         for name in undecided
@@ -206,7 +206,7 @@ def decided_by_python(
     )
 
 
-def _switched(names: Names) -> set[str]:
+def switched(names: Names) -> set[str]:
     """The modules by whose flag a switch of an exported module chooses; of it, Dynamo has traced one branch."""
     programs = [(name, program) for name, held in names.exported().items() for program in held]
     found = [(name, site) for name, program in programs for site in sites(program)]

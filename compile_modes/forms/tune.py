@@ -19,9 +19,9 @@ from torch._ops import OpOverload
 from torch.utils.checkpoint import CheckpointPolicy
 
 from compile_modes import _compat
-from compile_modes._compat.tracing import trace_in_place_of
 from compile_modes.forms.saved_reads import written_values
 from compile_modes.graph import calls
+from compile_modes.graph.edits import insert_traced
 from compile_modes.graph.effects import has_effect, is_view
 from compile_modes.graph.followed import followed_by_autograd
 from compile_modes.graph.sites import Site
@@ -240,11 +240,11 @@ def _fold(pair: Pair) -> None:
         return ((value + bias).to(result.dtype),)
 
     last = linear.prev
-    weight, bias = _insert(linear, site.node, products, list(given.values()))
+    weight, bias = insert_traced(linear, site.node, products, list(given.values()))
     for node in takewhile(lambda node: node is not linear, _after(last)):
         node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
     _call_with(linear, weight=weight, bias=None)
-    (value,) = _insert(site.node, site.node, shifted, [linear, bias])
+    (value,) = insert_traced(site.node, site.node, shifted, [linear, bias])
     site.node.replace_all_uses_with(value)
     site.node.graph.erase_node(site.node)
 
@@ -258,14 +258,6 @@ def _products(given: Mapping[str, torch.Tensor], channels: int, eps: float) -> t
     shape = [1] * given["w"].ndim
     shape[channels] = -1
     return precise["w"] * s.reshape(shape), bias
-
-
-def _insert(before: fx.Node, like: fx.Node, function: Callable[..., Any], operands: Sequence[fx.Node]) -> Any:
-    """Traces a function on operands, and puts its nodes, with the meta of ``like``, in front of a node."""
-    traced = trace_in_place_of(like, function, [_compat.value(operand) for operand in operands])
-    inputs = traced.graph.find_nodes(op="placeholder")
-    with before.graph.inserting_before(before):
-        return before.graph.graph_copy(traced.graph, dict(zip(inputs, operands, strict=True)))
 
 
 def _call_with(node: fx.Node, **changed: Any) -> None:

@@ -2,12 +2,14 @@
 
 import copy
 import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from compile_modes import _compat
+from compile_modes._compat.tracing import trace_in_place_of
 from compile_modes.graph import calls
 from compile_modes.graph.sites import Reach, Site
 from compile_modes.graph.view import Body, View, attribute
@@ -108,3 +110,11 @@ def attr_node(body: Body, target: str) -> fx.Node:
         with graph.inserting_after(head[graph]):
             reads[target] = head[graph] = graph.create_node("get_attr", target)
     return reads[target]
+
+
+def insert_traced(before: fx.Node, like: fx.Node, function: Callable[..., Any], operands: Sequence[fx.Node]) -> Any:
+    """Traces a function on operands, and puts its nodes, with the meta of ``like``, in front of a node."""
+    traced = trace_in_place_of(like, function, [_compat.value(operand) for operand in operands])
+    inputs = traced.graph.find_nodes(op="placeholder")
+    with before.graph.inserting_before(before):
+        return before.graph.graph_copy(traced.graph, dict(zip(inputs, operands, strict=True)))

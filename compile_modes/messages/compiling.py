@@ -71,3 +71,8 @@ COMPILED_TOO_OFTEN = Warn(
     "new combinations of modes run in eager mode.",
     "raise the option mode_vectors or torch._dynamo.config.accumulated_recompile_limit",
 )
+STAYS_GUARDED = Warn(
+    "CM418",
+    'options={{"modes": "data"}}: another graph is compiled for each mode of\n{sites}',
+    "nothing, if these are seldom flipped",
+)

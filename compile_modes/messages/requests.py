@@ -99,6 +99,27 @@ NOT_A_SWITCH = Error(
     where="options",
     raised=OptionError,
 )
+NOT_DATA = Error(
+    "CM124",
+    "modes is {modes!r}",
+    'pass "data", or leave it out: Dynamo then guards on each mode',
+    where="options",
+    raised=OptionError,
+)
+DATA_AND_ASKED = Error(
+    "CM125",
+    "modes is 'data', and training or overrides ask for modes of their own",
+    "leave out either: with modes as data, the flags of the modules are all that decides",
+    where="options",
+    raised=OptionError,
+)
+SWITCH_AS_DATA = Error(
+    "CM126",
+    "modes is 'data', but Python decides by the flag of {owners}: each branch is a graph of its own",
+    "leave the option out: Dynamo then guards on each mode",
+    where="options",
+    raised=OptionError,
+)
 INDISTINCT = Error(
     "CM130",
     "the pattern {pattern!r} names parts of one of several exported modules that can't be told apart",
