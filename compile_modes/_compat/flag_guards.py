@@ -1,4 +1,4 @@
-"""Guards on ``training``: which flags Dynamo has read in the compilation in progress, in which code, and letting them go."""
+"""Guards on ``training``: which flags Dynamo has read in a compilation, in which code, and how to let go of them."""
 
 import dis
 import types
@@ -11,7 +11,6 @@ from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import AttrSource, ConstantSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import TracingContext
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from compile_modes._compat.frames import _frame_scope, source_name
@@ -24,7 +23,7 @@ def flags_read() -> list[tuple[Any, nn.Module]]:
     scope = _frame_scope()
     if scope is None:
         return []
-    found = []
+    found: list[tuple[Any, nn.Module]] = []
     for guard in InstructionTranslator.current_tx().output.guards:
         source = guard.originating_source
         if isinstance(source, AttrSource) and source.member == _TRAINING:
@@ -78,20 +77,13 @@ def touches_flag(code: types.CodeType) -> tuple[bool, bool]:
     return own, other
 
 
-def add_flags(graph: fx.Graph, like: FakeTensor, count: int) -> tuple[fx.Node, FakeTensor]:
-    """Gives a captured graph one more input: a vector of flags, on the device of ``like``.
-
-    Returns:
-        The new placeholder, the last one, and the fake tensor that it was described by.
-    """
-    with like.fake_mode:
-        fake: Any = torch.zeros(count, dtype=torch.bool, device=like.device)
+def add_input(graph: fx.Graph, name: str, fake: torch.Tensor) -> fx.Node:
+    """Gives a captured graph one more input, the last one, described by a fake tensor."""
     inputs: Sequence[fx.Node] = graph.find_nodes(op="placeholder")
     last = inputs[-1] if inputs else None
-    where = graph.inserting_after(last) if last is not None else graph.inserting_before(next(iter(graph.nodes)))
-    with where:
-        flags = graph.placeholder("mode_flags")
-    flags.meta["example_value"] = fake
-    if any(source_name(node) for node in inputs):
-        flags._dynamo_source = ConstantSource("compile_modes_flags")  # Dynamo's inputs have one, and all or none may
-    return flags, fake
+    with graph.inserting_after(last) if last is not None else graph.inserting_before(next(iter(graph.nodes))):
+        added = graph.placeholder(name)
+    added.meta["example_value"] = fake
+    if any(source_name(node) for node in inputs):  # Dynamo's inputs say where they come from: all of them, or none
+        added._dynamo_source = ConstantSource(f"compile_modes_{added.name}")
+    return added

@@ -20,7 +20,8 @@ from compile_modes.backend.overrides import Asked, put_into_modes
 from compile_modes.backend.owners import Names, name_owners
 from compile_modes.backend.unreached import watch, watch_for
 from compile_modes.errors import CaptureError, few, summary
-from compile_modes.forms.lower import keyed, lower
+from compile_modes.forms.data import Inputs
+from compile_modes.forms.lower import keyed, lower, lower_as_data
 from compile_modes.graph.finding import sites
 from compile_modes.graph.functional import is_kept
 from compile_modes.graph.sites import BOUND, Site
@@ -94,8 +95,8 @@ def pt2e_modes(
         logs.modes(found, None)
         _warn_kept(found)
         data = plan(captured, found, names) if parsed.modes else Plan()
-        lowered = lower(captured, found, tuned=parsed.tune, flags=data.chosen)
-        return _compile_either(compile_fx, lowered, gm, example_inputs, data)
+        added = lower_as_data(captured, found, data.chosen, tuned=parsed.tune)
+        return _compile_either(compile_fx, captured, gm, example_inputs, data, added)
     asked = Asked(parsed.training, parsed.overrides, parsed.dropout_p, frames.is_whole_frame(gm))
     watch(asked.training, asked.overrides, (site.owner for site in found), whole=asked.whole)
     decision = put_into_modes(captured, found, names, asked, _refusal)
@@ -118,17 +119,15 @@ def _compile_either(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
     data: Plan,
+    added: Inputs,
 ) -> Callable[..., Any]:
     """Compiles the captured graph, or, should Inductor fail on it, the graph that stock Inductor would have got.
 
-    Only what was compiled to take flags as an input does without guards on them.
+    Guards go only once there is something compiled that reads flags itself.
     """
     logs.graph("rewritten", captured)
     try:
-        if not data.chosen:
-            return compile_fx(captured, example_inputs)
-        flags = _compat.value(captured.graph.find_nodes(op="placeholder")[-1])
-        return data.release(compile_fx(captured, [*example_inputs, flags]), flags.device)
+        return data.release(compile_fx(captured, [*example_inputs, *added.fakes]), added)
     except _compat.CONTROL_FLOW:
         raise
     except Exception as error:  # Inductor's own; if the reason is not our stage, the second attempt raises it

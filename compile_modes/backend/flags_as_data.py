@@ -9,28 +9,26 @@ Python value only, and what Python did with it leaves no trace, so that this is 
 Any other code that Dynamo has traced and that reads ``training`` keeps the guards of whatever it may have read.
 """
 
-import weakref
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx, nn
 
-from compile_modes import _compat, logs, messages
+from compile_modes import logs, messages
 from compile_modes._compat import flag_guards, frames, kept
 from compile_modes.backend.overrides import switched
 from compile_modes.backend.owners import Names
 from compile_modes.errors import few
-from compile_modes.forms.data import why_no_data
+from compile_modes.forms.data import Inputs, why_no_data
+from compile_modes.graph.finding import find
 from compile_modes.graph.flags import is_flag
-from compile_modes.graph.ops import lookup
 from compile_modes.graph.sites import Site
-from compile_modes.graph.view import attribute
+from compile_modes.graph.view import View, attribute
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _FORWARDS = {kind.forward.__code__ for kind in _DROPOUTS}
-_GUARDED = "other code may read its flag"
 
 
 @dataclass
@@ -49,10 +47,12 @@ class Plan:
     sources: list[Any] = field(default_factory=list)
     kept: dict[Site, str] = field(default_factory=dict)
 
-    def release(self, compiled: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-        """Lets go of the guards, and gives the compiled graph its last input: the flags, as they are at each call."""
+    def release(self, compiled: Callable[..., Any], inputs: Inputs) -> Callable[..., Any]:
+        """Lets go of the guards, if flags are data, and gives the compiled graph its last inputs at each call."""
+        if not self.chosen:
+            return compiled
         flag_guards.guard_identity_instead(self.sources)
-        return _reading(compiled, self.modules, device)
+        return inputs.reading(compiled, self.modules)
 
 
 def plan(captured: fx.GraphModule, found: Sequence[Site], names: Names) -> Plan:
@@ -76,48 +76,38 @@ def plan(captured: fx.GraphModule, found: Sequence[Site], names: Names) -> Plan:
     sources: dict[int, list[Any]] = {}
     for source, module in flag_guards.flags_read():
         sources.setdefault(id(module), []).append(source)
-    reasons = _reasons(captured, found, modules, sources)
-    free = {id(m) for s, m in modules.items() if not reasons[s]} - {id(m) for s, m in modules.items() if reasons[s]}
-    for site, module in modules.items():
-        if module is None or id(module) not in free:
+    reads = _Reads.of(filter(None, modules.values()), bool(names.unclear)) if _is_whole(captured) else None
+    reasons = {site: _reason(site, module, sources, reads) for site, module in modules.items()}
+    stay = {id(module) for site, module in modules.items() if reasons[site]}
+    for site, owner in modules.items():
+        if owner is None or id(owner) in stay:
             if not site.modeless and site.training is not None:
                 decided.kept[site] = reasons[site] or "another site of its owner stays as it is"
             continue
-        if module not in decided.modules:
-            decided.modules.append(module)
-            decided.sources += sources[id(module)]
-        decided.chosen[site] = decided.modules.index(module)
+        if owner not in decided.modules:
+            decided.modules.append(owner)
+            decided.sources += sources[id(owner)]
+        decided.chosen[site] = decided.modules.index(owner)
     _tell(decided)
     return decided
 
 
-def _reasons(
-    captured: fx.GraphModule,
-    found: Sequence[Site],
-    modules: Mapping[Site, nn.Module | None],
-    sources: Mapping[int, Sequence[Any]],
-) -> dict[Site, str]:
-    """Why each site keeps its mode; empty for those that can have it as data."""
+def _is_whole(captured: fx.GraphModule) -> bool:
+    """Whether a graph has all that Dynamo's guards stand for, and is as Python has run it."""
     parts = [graph for graph in captured.modules() if isinstance(graph, fx.GraphModule)]
-    whole = flag_guards.one_graph_per_frame() and not any(
-        kept.nesting(node.target) for graph in parts for node in graph.graph.nodes
-    )
-    reads = _Reads.of(module for module in modules.values() if module is not None) if whole else None
-    reasons, device = {}, None
-    for site, module in modules.items():
-        reason = why_no_data(site)
-        if not reason and reads is None:
-            reason = "the graph is a part of what Dynamo traces, or transformed by torch.func"
-        elif not reason and (module is None or id(module) not in sources or site.training is not module.training):
-            reason = "its mode is not the flag of its owner"
-        elif not reason and not reads.are_known(module):  # type: ignore[union-attr, arg-type]
-            reason = reads.elsewhere or _GUARDED  # type: ignore[union-attr]
-        if not reason:
-            own = _compat.value(site.read("input")).device
-            device = device or own
-            reason = "" if own == device else f"it is on {own}, others on {device}"
-        reasons[site] = reason
-    return reasons
+    transformed = any(kept.nesting(node.target) for graph in parts for node in graph.graph.nodes)
+    return flag_guards.one_graph_per_frame() and not transformed
+
+
+def _reason(site: Site, owner: nn.Module | None, sources: Mapping[int, Any], reads: "_Reads | None") -> str:
+    """Why a site keeps its mode; empty if it can have it as data."""
+    if why := why_no_data(site):
+        return why
+    if reads is None:
+        return "the graph is a part of what Dynamo traces, or transformed by torch.func"
+    if owner is None or id(owner) not in sources or site.training is not owner.training or site.hard_coded:
+        return "its mode is not the flag of its owner"
+    return "" if reads.are_known(owner) else reads.elsewhere or "other code may read its flag"
 
 
 @dataclass
@@ -129,24 +119,29 @@ class _Reads:
         graphs: the exported modules whose code reads flags as its graph says.
         elsewhere: where code reads the flag of something, in words; empty if none does.
         dropouts: the forwards of dropout modules that were traced.
+        unclear: whether exported modules could not be told apart.
     """
 
     classes: set[type]
     graphs: list[fx.GraphModule]
     elsewhere: str
     dropouts: set[Any]
+    unclear: bool
 
     @classmethod
-    def of(cls, modules: Iterable[nn.Module]) -> "_Reads":
+    def of(cls, modules: Iterable[nn.Module], unclear: bool) -> "_Reads":
         everything = [m for root in _roots(modules) for m in root.modules()]
         kinds = {type(module) for module in everything}
         methods: dict[Any, set[type]] = {}
         for kind in kinds:
             for base in kind.__mro__:
                 for value in vars(base).values():
-                    methods.setdefault(getattr(value, "__code__", None), set()).add(kind)
-        graphs = {code: m for m in everything if isinstance(m, fx.GraphModule) and (code := type(m).forward.__code__)}
-        found = cls(set(), [], "", set())
+                    for code in _code_of(value):
+                        methods.setdefault(code, set()).add(kind)
+        graphs: dict[Any, list[fx.GraphModule]] = {}
+        for graph in (module for module in everything if isinstance(module, fx.GraphModule)):
+            graphs.setdefault(type(graph).forward.__code__, []).append(graph)
+        found = cls(set(), [], "", set(), unclear)
         for code in flag_guards.traced_code():
             if code in _FORWARDS:
                 found.dropouts.add(code)
@@ -167,11 +162,20 @@ class _Reads:
         if self.elsewhere or type(module) in self.classes:
             return False
         holders = [graph for graph in self.graphs if any(part is module for part in graph.modules())]
-        if holders:
-            return all(_reads_for_dropouts(graph, module) for graph in holders)
+        if holders:  # which of several stateless ones a site belongs to may be unclear
+            return not self.unclear and all(_reads_for_dropouts(graph, module) for graph in holders)
         forward = type(module).forward.__code__ if isinstance(module, _DROPOUTS) else None
         plain = "forward" not in vars(module) and not module._forward_hooks and not module._forward_pre_hooks
         return plain and forward in self.dropouts
+
+
+def _code_of(value: Any) -> list[Any]:
+    """The code of a method, and of what its decorators say that they wrap."""
+    found = []
+    while callable(value) and value not in found:
+        found.append(value)
+        value = getattr(value, "__wrapped__", None)
+    return [function.__code__ for function in found if inspect.isfunction(function)]
 
 
 def _roots(modules: Iterable[nn.Module]) -> list[nn.Module]:
@@ -179,27 +183,18 @@ def _roots(modules: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 def _reads_for_dropouts(graph: fx.GraphModule, module: nn.Module) -> bool:
-    """Whether each read of a module's flag in a bound graph, bodies included, goes to dropouts and nothing else."""
-    for part in graph.modules():
-        nodes = part.graph.nodes if isinstance(part, fx.GraphModule) else ()
-        for node in nodes:
-            if node.op != "get_attr" or not is_flag(node):
-                continue
-            owner = attribute(part, str(node.target).rpartition(".")[0]) if "." in str(node.target) else part
-            if owner is module and not all(_is_dropout(user, node) for user in node.users):
+    """Whether a module's flag goes to dropouts of its own in a bound graph, to all of them, and to nothing else."""
+    view = View(graph)
+    own = [site for site in find(view) if attribute(graph, site.owner) is module]
+    if not all(site.bound and not site.inverted and site.op.family == "dropout" for site in own):
+        return False
+    users = {site.node for site in own}
+    for part in (part for part in graph.modules() if isinstance(part, fx.GraphModule)):
+        for flag in part.graph.find_nodes(op="get_attr"):
+            home = str(flag.target).rpartition(".")[0]
+            if is_flag(flag) and attribute(part, home) is module and not users.issuperset(flag.users):
                 return False
     return True
-
-
-def _is_dropout(user: fx.Node, flag: fx.Node) -> bool:
-    row = lookup(user.target)
-    return (
-        row is not None
-        and row.family == "dropout"
-        and row.flag is not None
-        and row.read(user.args, dict(user.kwargs), row.flag) is flag
-        and user.all_input_nodes.count(flag) == 1
-    )
 
 
 def _tell(decided: Plan) -> None:
@@ -208,23 +203,3 @@ def _tell(decided: Plan) -> None:
     if decided.kept:
         listed = [f"{site.op} (owner {site.owner!r}): {why}" for site, why in decided.kept.items()]
         messages.STAYS_GUARDED.warn_once(sites=few(list(dict.fromkeys(listed))))
-
-
-def _reading(compiled: Callable[..., Any], modules: Iterable[nn.Module], device: torch.device) -> Callable[..., Any]:
-    """Calls with the flags of the modules as last argument, in a tensor that is made anew when one has changed.
-
-    The last one is left as it is: backward passes may still need it.
-    """
-    references: list[Any] = [weakref.ref(module) for module in modules]  # guards keep calls of dead modules away
-    last: tuple[list[bool], torch.Tensor | None] = ([], None)
-
-    def run(*args: Any) -> Any:
-        nonlocal last
-        flags = [reference().training for reference in references]
-        current = last
-        if flags != current[0]:
-            with torch.inference_mode(False):
-                last = current = flags, torch.tensor(flags, dtype=torch.bool, device=device)
-        return compiled(*args, current[1])
-
-    return run

@@ -1,21 +1,24 @@
 """Dropouts whose mode is data: one graph for all modes, which takes a vector of flags as one more input.
 
-``dropout(x, p, training)`` becomes ``x * where(flag, mask / (1 - p), 1)``. The mask comes from an operator of its own,
-which looks at the flag as well: in eval it draws nothing, and in train what eager mode draws, number by number, so that
-both the results and the state of the generator are eager's in every vector of modes, on CPU. On other devices a look at
-the flag would have the host wait, and the mask is always drawn.
+``dropout(x, p, training)`` becomes ``x * where(flag, mask / (1 - p), 1)``. Nothing is drawn for a dropout in eval, and
+in train what eager mode draws, number by number: results, and the state of the generator, are eager's in every vector
+of modes, on CPU.
 
-The operator takes sizes, not the tensor, which may then be computed where it is used.
+Masks are inputs as well, drawn ahead of the graph. Where their sizes aren't known there, or where other ops of the
+graph draw in between as eager does, they come from an operator in the graph, which looks at the flag. On other devices
+than CPU a look would have the host wait, and that operator always draws.
 """
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from compile_modes import _compat
-from compile_modes._compat.flag_guards import add_flags
+from compile_modes._compat.flag_guards import add_input
 from compile_modes.graph.edits import insert_traced
 from compile_modes.graph.sharing import shares_writes
 from compile_modes.graph.sites import Site
@@ -30,7 +33,7 @@ _LIBRARY.define(
 
 
 class _Kind(NamedTuple):
-    """What an op drops: whole channels or not, to zero or to SELU's lowest value; and whether it writes to its input."""
+    """Whether an op drops whole channels, whether to SELU's lowest value, and whether it writes to its input."""
 
     features: bool
     alpha: bool
@@ -55,8 +58,11 @@ def keep_mask(flags: Tensor, index: int, size: Sequence[int], keep: float) -> Te
 
 
 def _drawn(flags: Tensor, index: int, size: Sequence[int], keep: float) -> Tensor:
-    mask = torch.empty(size, dtype=torch.bool, device=flags.device)
-    return mask.bernoulli_(keep) if mask.numel() else mask
+    return _empty(size, flags.device).bernoulli_(keep)
+
+
+def _empty(size: Sequence[int], device: torch.device) -> Tensor:
+    return torch.empty(size, dtype=torch.bool, device=device)
 
 
 def _described(flags: Tensor, index: int, size: Sequence[int], keep: float) -> Tensor:
@@ -86,8 +92,69 @@ def why_no_data(site: Site) -> str:
     return ""
 
 
-def as_data(graph: fx.GraphModule, chosen: Mapping[Site, int]) -> Tensor | None:
-    """Rewrites dropouts, in place, so that a new last input of the graph says in which mode they are.
+@dataclass
+class Mask:
+    """A mask that is drawn ahead of the graph.
+
+    Attributes:
+        index: the position of the flag.
+        keep: the probability of True.
+        size: its size; of a dimension that varies, the input of the graph that says it, as ``~position``.
+        device: where it lies.
+    """
+
+    index: int
+    keep: float
+    size: list[int]
+    device: torch.device
+
+    def draw(self, flags: Sequence[bool], args: Sequence[Any], idle: dict[tuple[int, ...], Tensor]) -> Tensor:
+        """What the graph is given in a call with ``args``: all False, from ``idle``, if the flag is not set."""
+        size = [n if n >= 0 else args[~n] for n in self.size]
+        if flags[self.index]:
+            return _empty(size, self.device).bernoulli_(self.keep)
+        if (zeros := idle.get(tuple(size))) is None:
+            if len(idle) >= _IDLE:
+                idle.clear()
+            with torch.inference_mode(False):
+                zeros = idle[tuple(size)] = torch.zeros(size, dtype=torch.bool, device=self.device)
+        return zeros
+
+
+_IDLE = 64  # sizes, of masks of which no element is ever used
+
+
+@dataclass
+class Inputs:
+    """The inputs that a graph has got: a vector of flags, then masks; with the fake tensors that describe them."""
+
+    fakes: list[Tensor] = field(default_factory=list)
+    masks: list[Mask] = field(default_factory=list)
+
+    def reading(self, compiled: Callable[..., Any], modules: Iterable[nn.Module]) -> Callable[..., Any]:
+        """Calls with flags, as they are now, and with masks as last arguments.
+
+        The flags are made anew when one has changed. The last ones are left as they are: a backward pass may still
+        need them.
+        """
+        references: list[Any] = [weakref.ref(module) for module in modules]  # guards keep calls of dead modules away
+        masks, device = self.masks, self.fakes[0].device
+        idle: dict[tuple[int, ...], Tensor] = {}
+        last: tuple[list[bool], Any] = ([], None)
+
+        def run(*args: Any) -> Any:
+            nonlocal last
+            flags, current = [reference().training for reference in references], last
+            if flags != current[0]:
+                with torch.inference_mode(False):
+                    last = current = flags, torch.tensor(flags, dtype=torch.bool, device=device)
+            return compiled(*args, current[1], *[mask.draw(flags, args, idle) for mask in masks])
+
+        return run
+
+
+def as_data(graph: fx.GraphModule, chosen: Mapping[Site, int]) -> Inputs:
+    """Rewrites dropouts, in place, so that new last inputs of the graph say in which mode they are.
 
     Args:
         graph: a captured graph, which autograd has not seen.
@@ -95,37 +162,80 @@ def as_data(graph: fx.GraphModule, chosen: Mapping[Site, int]) -> Tensor | None:
             its flag.
 
     Returns:
-        The fake tensor that describes the new input; None if there is nothing to do.
+        The new inputs; none if there is nothing to do.
     """
+    added = Inputs()
     if not chosen:
-        return None
+        return added
     like = _compat.value(next(iter(chosen)).read("input"))
-    flags, fake = add_flags(graph.graph, like, 1 + max(chosen.values()))
+    sizes = {s: _size_of(_compat.value(s.read("input")), _kind(s).features) for s in chosen if 0 < (s.p or 0) < 1}
+    ahead = _ahead(graph, chosen, sizes)
+    with like.fake_mode:
+        added.fakes.append(torch.zeros(1 + max(chosen.values()), dtype=torch.bool, device=like.device))
+    flags = add_input(graph.graph, "mode_flags", added.fakes[0])
     for site, index in chosen.items():
+        mask = None
+        if site in ahead:
+            added.masks.append(Mask(index, 1 - float(site.p or 0), ahead[site], like.device))
+            with like.fake_mode:
+                added.fakes.append(_empty(sizes[site], like.device))
+            mask = add_input(graph.graph, "keep_mask", added.fakes[-1])
         if site.p:
-            _rewrite(site, flags, index)
+            _rewrite(site, flags, index, mask)
         else:  # the same in both modes
             _replace(site, site.read("input"))
     graph.recompile()
-    return fake
+    return added
 
 
-def _rewrite(site: Site, flags: fx.Node, index: int) -> None:
-    features, alpha, in_place = _DROPOUTS[site.op.overload]
-    p = float(site.p or 0.0)
+def _size_of(x: Tensor, features: bool) -> list[Any]:
+    """The size of a mask, its dimensions in the order in which eager's lie in memory."""
+    return [*x.shape[:2], *[1] * (x.ndim - 2)] if features else [x.shape[d] for d in _memory_order(x)]
 
-    def apply(x: Tensor, flags: Tensor) -> tuple[Tensor]:
+
+def _ahead(
+    graph: fx.GraphModule, chosen: Mapping[Site, int], sizes: Mapping[Site, Sequence[Any]]
+) -> dict[Site, list[int]]:
+    """The sizes of the masks, if all can be drawn ahead of the graph, in the notation of :class:`Mask`; or none."""
+    nodes = [n for part in graph.modules() if isinstance(part, fx.GraphModule) for n in part.graph.nodes]
+    own = {site.node for site in chosen}
+    if _compat.draws_as_eager() and any(_compat.draws_random_numbers(n.target) for n in nodes if n not in own):
+        return {}
+    inputs = [_compat.value(node) for node in graph.graph.find_nodes(op="placeholder")]
+    said = {str(value): position for position, value in reversed(list(enumerate(inputs))) if _is_symbol(value)}
+    found = {}
+    for site, size in sizes.items():
+        if not all(type(n) is int or str(n) in said for n in size):
+            return {}
+        found[site] = [n if type(n) is int else ~said[str(n)] for n in size]
+    return found
+
+
+def _kind(site: Site) -> _Kind:
+    return _DROPOUTS[site.op.overload]
+
+
+def _is_symbol(value: Any) -> bool:
+    return isinstance(value, torch.SymInt) and str(value).isidentifier()
+
+
+def _rewrite(site: Site, flags: fx.Node, index: int, mask: fx.Node | None) -> None:
+    kind, p = _kind(site), float(site.p or 0.0)
+
+    def apply(x: Tensor, flags: Tensor, *masks: Tensor) -> tuple[Tensor]:
         if p == 1:
             factor = torch.where(flags[index], x.new_zeros(()), x.new_ones(()))
-            return (x.mul_(factor) if in_place else x * factor,)
-        mask = _mask(x, flags, index, 1 - p, features)
-        if alpha:
-            y = _selu(x, mask, flags[index], p)
-            return (x.copy_(y) if in_place else y,)
-        factor = torch.where(flags[index], mask.to(x.dtype) / (1 - p), 1.0)
-        return (x.mul_(factor) if in_place else x * factor,)
+            return (x.mul_(factor) if kind.in_place else x * factor,)
+        drawn = masks[0] if masks else _KEEP_MASK(flags, index, _size_of(x, kind.features), 1 - p)
+        drawn = drawn if kind.features else _as_in_memory(drawn, x)
+        if kind.alpha:
+            y = _selu(x, drawn, flags[index], p)
+            return (x.copy_(y) if kind.in_place else y,)
+        factor = torch.where(flags[index], drawn.to(x.dtype) / (1 - p), 1.0)
+        return (x.mul_(factor) if kind.in_place else x * factor,)
 
-    (result,) = insert_traced(site.node, site.node, apply, [site.read("input"), flags])
+    operands = [site.read("input"), flags] if mask is None else [site.read("input"), flags, mask]
+    (result,) = insert_traced(site.node, site.node, apply, operands)
     _replace(site, result)
 
 
@@ -134,13 +244,9 @@ def _replace(site: Site, value: Any) -> None:
     site.node.graph.erase_node(site.node)
 
 
-def _mask(x: Tensor, flags: Tensor, index: int, keep: float, features: bool) -> Tensor:
-    """A mask for ``x``, drawn in the order in which eager's would lie in memory."""
-    if features:
-        size = [*x.shape[:2], *[1] * (x.ndim - 2)]
-        return torch.ops.compile_modes.keep_mask(flags, index, size, keep)  # type: ignore[no-any-return]
+def _as_in_memory(mask: Tensor, x: Tensor) -> Tensor:
+    """A mask whose dimensions stand as those of ``x`` lie in memory, in the order of ``x``."""
     order = _memory_order(x)
-    mask: Tensor = torch.ops.compile_modes.keep_mask(flags, index, [x.shape[d] for d in order], keep)
     return mask if order == sorted(order) else mask.permute([order.index(d) for d in range(x.ndim)])
 
 
@@ -149,7 +255,8 @@ def _memory_order(x: Tensor) -> list[int]:
     plain = list(range(x.ndim))
     if not all(type(number) is int for number in (*x.shape, *x.stride())):
         return plain
-    order = sorted(plain, key=lambda d: (-x.stride(d), d))
+    strides = x.stride()
+    order = sorted(plain, key=lambda d: (-strides[d], d))
     return order if x.permute(order).is_contiguous() else plain
 
 

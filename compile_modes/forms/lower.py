@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from compile_modes import logs, messages
-from compile_modes.forms.data import as_data
+from compile_modes.forms.data import Inputs, as_data
 from compile_modes.forms.recurrent import split_layers
 from compile_modes.forms.saved_reads import pin_reads
 from compile_modes.forms.tune import tune
@@ -18,16 +18,13 @@ from compile_modes.graph.view import View
 _TAG = "recompute"  # what AOTAutograd's partitioner reads in the meta of a node: save, or compute again
 
 
-def lower(
-    graph: fx.GraphModule, found: Sequence[Site], *, tuned: bool = False, flags: Mapping[Site, int] | None = None
-) -> fx.GraphModule:
+def lower(graph: fx.GraphModule, found: Sequence[Site], *, tuned: bool = False) -> fx.GraphModule:
     """Lowers sites as their mode, now final, asks for.
 
     Args:
         graph: a graph in front of autograd; edited in place.
         found: its sites.
         tuned: whether batch norms in eval mode are to be folded, where that saves memory in training.
-        flags: dropouts whose mode is data, each with the position of its flag in what becomes a last input.
     """
     view = View(graph)
     chosen, left = split_layers(view, found)
@@ -36,8 +33,15 @@ def lower(
     for site in left:
         messages.RNN_DROPOUT_LOST.warn_once(op=site.op.overload, owner=site.owner)
     pin_reads(view, found)
-    as_data(graph, flags or {})
     return graph
+
+
+def lower_as_data(
+    graph: fx.GraphModule, found: Sequence[Site], chosen: Mapping[Site, int], *, tuned: bool = False
+) -> Inputs:
+    """As :func:`lower`, with dropouts whose mode is data, each with the position of its flag; says what they take."""
+    lower(graph, found, tuned=tuned)
+    return as_data(graph, chosen)
 
 
 def keyed(compile_fx: Callable[..., Callable[..., Any]]) -> Callable[..., Callable[..., Any]]:
