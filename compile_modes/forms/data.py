@@ -1,8 +1,8 @@
 """Dropouts whose mode is data: one graph for all modes, which takes a vector of flags as one more input.
 
-``dropout(x, p, training)`` becomes ``x * where(flag, mask / (1 - p), 1)``. Nothing is drawn for a dropout in eval, and
-in train what eager mode draws, number by number: results, and the state of the generator, are eager's in every vector
-of modes, on CPU.
+``dropout(x, p, training)`` becomes ``x * where(mask, scale, 0)``, where scale is ``1 / (1 - p)`` in train; in eval it
+is 1, and the mask is all True. For eval nothing is drawn, and for train what eager mode draws, number by number:
+results, and the state of the generator, are eager's in every vector of modes, on CPU.
 
 Masks are inputs as well, drawn ahead of the graph. Where their sizes aren't known there, or where other ops of the
 graph draw in between as eager does, they come from an operator in the graph, which looks at the flag. On other devices
@@ -51,9 +51,9 @@ _ALPHA = 1.7580993408473766  # as ATen has it: scale times alpha of SELU
 
 
 def keep_mask(flags: Tensor, index: int, size: Sequence[int], keep: float) -> Tensor:
-    """True with probability ``keep``, drawn as eager's dropout draws, if the flag is set; otherwise all False."""
+    """True with probability ``keep``, drawn as eager's dropout draws, if the flag is set; otherwise all True."""
     if not flags[index].item():
-        return torch.zeros(size, dtype=torch.bool)
+        return torch.ones(size, dtype=torch.bool)
     return _drawn(flags, index, size, keep)
 
 
@@ -76,6 +76,10 @@ _LIBRARY.impl("keep_mask", _described, "Meta")
 _KEEP_MASK = torch.ops.compile_modes.keep_mask.default
 
 
+def _operand(site: Site) -> Any:
+    return site.node.args[0]  # "input", or "self" where the op writes to it
+
+
 def why_no_data(site: Site) -> str:
     """Why the mode of a site can't be data; empty if it can."""
     if site.op.overload not in _DROPOUTS:
@@ -84,7 +88,7 @@ def why_no_data(site: Site) -> str:
         return "it is in the body of a region, which takes no flags"
     if isinstance(site.p, fx.Node) or not isinstance(site.p, float | int):
         return "its probability is computed, or lost"
-    value = _compat.value(site.read("input"))
+    value = _compat.value(_operand(site))
     if not isinstance(value, _compat.FakeTensor) or not value.dtype.is_floating_point or value.is_nested:
         return "its input is no plain tensor"
     if not _DROPOUTS[site.op.overload].in_place and shares_writes(site.node, _DROPOUTS):
@@ -109,19 +113,19 @@ class Mask:
     device: torch.device
 
     def draw(self, flags: Sequence[bool], args: Sequence[Any], idle: dict[tuple[int, ...], Tensor]) -> Tensor:
-        """What the graph is given in a call with ``args``: all False, from ``idle``, if the flag is not set."""
+        """What the graph is given in a call with ``args``: all True, from ``idle``, if the flag is not set."""
         size = [n if n >= 0 else args[~n] for n in self.size]
         if flags[self.index]:
             return _empty(size, self.device).bernoulli_(self.keep)
-        if (zeros := idle.get(tuple(size))) is None:
+        if (ones := idle.get(tuple(size))) is None:
             if len(idle) >= _IDLE:
                 idle.clear()
             with torch.inference_mode(False):
-                zeros = idle[tuple(size)] = torch.zeros(size, dtype=torch.bool, device=self.device)
-        return zeros
+                ones = idle[tuple(size)] = torch.ones(size, dtype=torch.bool, device=self.device)
+        return ones
 
 
-_IDLE = 64  # sizes, of masks of which no element is ever used
+_IDLE = 64  # sizes, of masks that drop nothing
 
 
 @dataclass
@@ -167,8 +171,8 @@ def as_data(graph: fx.GraphModule, chosen: Mapping[Site, int]) -> Inputs:
     added = Inputs()
     if not chosen:
         return added
-    like = _compat.value(next(iter(chosen)).read("input"))
-    sizes = {s: _size_of(_compat.value(s.read("input")), _kind(s).features) for s in chosen if 0 < (s.p or 0) < 1}
+    like = _compat.value(_operand(next(iter(chosen))))
+    sizes = {s: _size_of(_compat.value(_operand(s)), _kind(s).features) for s in chosen if 0 < (s.p or 0) < 1}
     ahead = _ahead(graph, chosen, sizes)
     with like.fake_mode:
         added.fakes.append(torch.zeros(1 + max(chosen.values()), dtype=torch.bool, device=like.device))
@@ -183,7 +187,7 @@ def as_data(graph: fx.GraphModule, chosen: Mapping[Site, int]) -> Inputs:
         if site.p:
             _rewrite(site, flags, index, mask)
         else:  # the same in both modes
-            _replace(site, site.read("input"))
+            _replace(site, _operand(site))
     graph.recompile()
     return added
 
@@ -223,20 +227,24 @@ def _rewrite(site: Site, flags: fx.Node, index: int, mask: fx.Node | None) -> No
     kind, p = _kind(site), float(site.p or 0.0)
 
     def apply(x: Tensor, flags: Tensor, *masks: Tensor) -> tuple[Tensor]:
+        one = x.new_ones(())
         if p == 1:
-            factor = torch.where(flags[index], x.new_zeros(()), x.new_ones(()))
-            return (x.mul_(factor) if kind.in_place else x * factor,)
+            return (_times(x, torch.where(flags[index], one - one, one), kind.in_place),)
         drawn = masks[0] if masks else _KEEP_MASK(flags, index, _size_of(x, kind.features), 1 - p)
         drawn = drawn if kind.features else _as_in_memory(drawn, x)
         if kind.alpha:
             y = _selu(x, drawn, flags[index], p)
             return (x.copy_(y) if kind.in_place else y,)
-        factor = torch.where(flags[index], drawn.to(x.dtype) / (1 - p), 1.0)
-        return (x.mul_(factor) if kind.in_place else x * factor,)
+        scale = torch.where(flags[index], one / (1 - p), one)
+        return (_times(x, torch.where(drawn, scale, 0.0), kind.in_place),)
 
-    operands = [site.read("input"), flags] if mask is None else [site.read("input"), flags, mask]
+    operands = [_operand(site), flags] if mask is None else [_operand(site), flags, mask]
     (result,) = insert_traced(site.node, site.node, apply, operands)
     _replace(site, result)
+
+
+def _times(x: Tensor, factor: Tensor, in_place: bool) -> Tensor:
+    return x.mul_(factor) if in_place else x * factor
 
 
 def _replace(site: Site, value: Any) -> None:
