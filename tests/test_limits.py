@@ -248,10 +248,12 @@ PROVOKED = {
     (26, "CM134"): lambda: passed(norm().eval()),
     (27, "CM416"): lambda: recompiled({"recompile_limit": 2}),
     (27, "CM417"): lambda: recompiled({"accumulated_recompile_limit": 2}, mode_vectors=1),
-    (34, "CM519"): of_unknown_operator,
+    (28, "CM418"): lambda: compiled(norm(), modes="data"),
+    (28, "CM126"): lambda: compiled(cm.export(Called(jitters), (X,)), modes="data"),
+    (35, "CM519"): of_unknown_operator,
 }
 # Provoked elsewhere, for they take a graph that is made for it, or a torch that is.
-ELSEWHERE = {(18, "CM304"), (22, "CM411"), (22, "CM401"), (30, "CM415")}
+ELSEWHERE = {(18, "CM304"), (22, "CM411"), (22, "CM401"), (31, "CM415")}
 
 
 # Where torch.export tells the result of an eval dropout from its input, there is nothing to warn of.
