@@ -18,6 +18,7 @@ from compile_modes.backend.overrides import Asked, put_into_modes
 from compile_modes.backend.owners import Names, name_owners
 from compile_modes.backend.unreached import watch, watch_for
 from compile_modes.errors import CaptureError, few, summary
+from compile_modes.forms.deploy.running import deploying
 from compile_modes.forms.lower import lower
 from compile_modes.forms.saved_reads import keyed
 from compile_modes.graph.finding import sites
@@ -49,8 +50,10 @@ def pt2e_modes(
             attention that is put into train, but was traced in eval, where its probability is lost (torch's own
             ``MultiheadAttention`` is asked). Owners go by the names of ``named_modules()`` of the compiled module.
             ``mode_vectors``: how many combinations of modes to keep compiled per function, those used last; without
-            it, Dynamo's ``recompile_limit`` holds, beyond which the function runs in eager mode. Anything else is an
-            option of Inductor.
+            it, Dynamo's ``recompile_limit`` holds, beyond which the function runs in eager mode. ``freeze``: eval
+            without gradients runs on weights that are folded and packed into constants, and computed again after each
+            write to a parameter or buffer. ``"auto"`` sees nearly all writes, ``"strict"`` compares all bytes at each
+            call; False, the default, leaves it. Anything else is an option of Inductor.
 
     Returns:
         What Inductor compiled.
@@ -67,6 +70,7 @@ def pt2e_modes(
     frames.at_compilations(_at_compilation)  # once more, for torch._dynamo.reset() forgets it
     parsed = Options.parse(mode, options)
     compile_fx = keyed(_compat.inductor(mode, dict(parsed.inductor)))
+    compile_fx = deploying(compile_fx, parsed.freeze, mode, parsed.inductor)
     frames.name_graph_module()
     _warn_unbound(frames.frame_modules())
     if full := make_room((mode, repr(parsed)), parsed.mode_vectors):

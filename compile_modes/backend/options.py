@@ -10,7 +10,7 @@ import torch
 from compile_modes import messages
 from compile_modes.graph.requests import check_overrides, check_probabilities
 
-_OWN_OPTIONS = ("training", "overrides", "dropout_p", "mode_vectors")
+_OWN_OPTIONS = ("training", "overrides", "dropout_p", "mode_vectors", "freeze")
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Options:
     dropout_p: Mapping[str, float] = field(default_factory=dict)
     inductor: Mapping[str, Any] = field(default_factory=dict)
     mode_vectors: int | None = None
+    freeze: bool | str = False
 
     @property
     def explicit(self) -> bool:
@@ -41,11 +42,14 @@ class Options:
         vectors = given.pop("mode_vectors", None)
         if vectors is not None and (type(vectors) is not int or vectors < 1):
             raise messages.NOT_A_NUMBER.error(vectors=vectors)
+        freeze = given.pop("freeze", False)
+        if freeze not in (False, "auto", "strict") or type(freeze) not in (bool, str):
+            raise messages.NOT_A_FREEZE.error(freeze=freeze)
         known = torch._inductor.list_options()
         for key in given:
             if key.replace("-", "_") not in known:
                 raise messages.UNKNOWN_OPTION.error(key=key, suggestion=_near(key, [*_OWN_OPTIONS, *known]))
-        return cls(training, overrides, dropout_p, given, vectors)
+        return cls(training, overrides, dropout_p, given, vectors, freeze)
 
 
 def _near(name: str, known: Sequence[str]) -> str:
