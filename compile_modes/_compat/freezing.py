@@ -93,7 +93,9 @@ def freeze(
 
     def inner(frozen: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
         if len(example_inputs) != sum(isinstance(value, torch.Tensor) for value in inputs):
-            raise Unfrozen("a weight is returned, or is read as it is")
+            raise Unfrozen("a view of a weight is returned")
+        if any(node.op == "get_attr" for node in frozen.graph.output_node().all_input_nodes):
+            raise Unfrozen("a result follows from weights alone")  # it would be the constant itself
         held = dict(frozen.named_buffers(remove_duplicate=False))
         code: Any = compile_fx.compile_fx_inner(frozen, example_inputs, **kwargs)
         compiled.append((code, held))

@@ -61,7 +61,7 @@ class Constants:
             if changed := snapshot.changed(weights):
                 self._pending |= changed
                 self._rested = 0
-                self._state = Snapshot(weights, strict=self._strict), None
+                self._state = Snapshot(weights, strict=self._strict, before=snapshot), None
                 return None
             if view is not None:
                 return view
@@ -98,7 +98,7 @@ class Constants:
                 time.sleep(_PAUSE)
             snapshot = self._state[0]
             if not snapshot.same(weights):
-                snapshot = Snapshot(weights, strict=self._strict)
+                snapshot = Snapshot(weights, strict=self._strict, before=snapshot)
             result = self._graph.stock(*args)
             if self._still(snapshot, weights):
                 break

@@ -18,11 +18,16 @@ _versions = operator.attrgetter("_version")
 class Snapshot:
     """The state of tensors, and their memory, which is held on to: an address is not given to others meanwhile.
 
+    Args:
+        weights: the tensors; which ones they are stays what it is.
+        strict: whether to see every write.
+        before: an earlier snapshot of the same tensors, of which a new one is made faster.
+
     Attributes:
         ids: of the tensors.
     """
 
-    def __init__(self, weights: Sequence[torch.Tensor], *, strict: bool) -> None:
+    def __init__(self, weights: Sequence[torch.Tensor], *, strict: bool, before: "Snapshot | None" = None) -> None:
         self.ids = tuple(map(id, weights))
         self._strict = strict
         self._then = WRITES.now  # before anything is read
@@ -32,7 +37,11 @@ class Snapshot:
         self._addresses = list(map(_pointers, weights))
         self._counts = list(map(_versions, self._pick(weights)))
         counted = set(self._counted)
-        self._pieces = [_pieces(weight, whole=index not in counted) for index, weight in enumerate(weights)]
+        known = before._addresses if before else [None] * len(weights)
+        self._pieces = [
+            before._pieces[index] if before and known[index] == address else _pieces(weight, whole=index not in counted)
+            for index, (weight, address) in enumerate(zip(weights, self._addresses, strict=True))
+        ]
         self._memory = [view for views in self._pieces for view in views]
         self._bytes = b"".join(self._memory)
         self._ranges = [_extent(weight) for weight in weights] if strict else []
