@@ -27,7 +27,7 @@ def build(name: str, size: int) -> nn.Module:
 
 @contextlib.contextmanager
 def freezing() -> Iterator[None]:
-    """Inductor's own, as users switch it on. The option alone does nothing, but without it Dynamo takes stock's code."""
+    """Inductor's own, as users switch it on. The option alone does nothing; without it, Dynamo takes stock's code."""
     with inductor_config.patch(freezing=True):
         yield
 
