@@ -90,6 +90,7 @@ def freeze(
         Unfrozen: the result can't be refreshed.
     """
     compiled: list[tuple[Any, dict[str, torch.Tensor]]] = []
+    modules = [gm]
 
     def inner(frozen: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
         if len(example_inputs) != sum(isinstance(value, torch.Tensor) for value in inputs):
@@ -99,6 +100,7 @@ def freeze(
         held = dict(frozen.named_buffers(remove_duplicate=False))
         code: Any = compile_fx.compile_fx_inner(frozen, example_inputs, **kwargs)
         compiled.append((code, held))
+        modules.append(frozen)
 
         def run(args: list[Any]) -> Any:
             return view()(args)
@@ -116,7 +118,10 @@ def freeze(
     call = getattr(code, "current_callable", None)
     if not isinstance(call, types.FunctionType):
         raise Unfrozen(f"the compiled code is a {type(call).__name__}")
-    return Frozen(run, _constants(code, held, call.__globals__), call)
+    constants = _constants(code, held, call.__globals__)
+    for module in modules:  # someone keeps them, and with them the weights that were there first
+        module._buffers.clear()
+    return Frozen(run, constants, call)
 
 
 def with_constants(call: types.FunctionType, constants: Mapping[str, torch.Tensor]) -> Callable[..., Any]:

@@ -223,6 +223,17 @@ def test_copies_have_constants_of_their_own_and_take_them_along():
     assert sum(len(graph.sets) for graph in all_graphs()) == 1
 
 
+def test_weights_are_held_by_the_model_alone():
+    model = net()
+    call = frozen(model)
+    settle(call, X)
+    gc.collect()
+    address = model.fc[0].weight.data_ptr()
+    dense = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter) and t.layout == torch.strided]
+    sharing = [t for t in dense if t.device.type == "cpu" and t.dtype == torch.float32 and t.data_ptr() == address]
+    assert len(sharing) == 1
+
+
 class Blocks(nn.Module):
     def __init__(self):
         super().__init__()

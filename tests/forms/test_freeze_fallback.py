@@ -1,5 +1,6 @@
 """What the deploy form can't have runs in its stock form, with one warning, and is right."""
 
+import time
 import warnings
 
 import pytest
@@ -199,6 +200,26 @@ def test_parameters_that_share_memory_run_in_the_stock_form():
     model[1].weight.data = model[0].weight.data
     (said,) = says(frozen(model), model, torch.randn(3, 4))
     assert "share memory" in said
+
+
+def test_within_a_step_of_an_optimizer():
+    """The closure of L-BFGS runs while its step is open, in the same thread."""
+    model = net()
+    call = frozen(model)
+    settle(call, X)
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.01, max_iter=3)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(X).square().mean()
+        loss.backward()
+        agrees(call, model, X, calls=1)
+        return loss
+
+    start = time.monotonic()
+    optimizer.step(closure)
+    assert time.monotonic() - start < 5
+    agrees(call, model, X)
 
 
 def test_tied_parameters_have_one_constant():

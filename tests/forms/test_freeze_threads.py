@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import compile_modes as cm
-from deployed import frozen, settle
+from deployed import frozen, runs_on_constants, settle
 
 STEPS = 30
 
@@ -68,6 +68,28 @@ def test_eight_threads_call_while_one_trains(kind, pause):
     assert not errors
     assert whole(seen, sets) > 2
     torch.testing.assert_close(settle(call, x), sets[-1], rtol=1e-5, atol=1e-5)
+
+
+def test_training_while_it_is_frozen():
+    model = build()
+    call = frozen(model)
+    x = torch.randn(2, 3, 8, 8)
+    settle(call, x, calls=1)
+    seen, errors, stop = [], [], threading.Event()
+    threads = callers(call, x, 2, seen, errors, stop)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    for thread in threads:
+        thread.start()
+    for _ in range(20):
+        model(x).square().sum().backward()
+        optimizer.step()
+        stop.wait(0.05)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    torch.testing.assert_close(settle(call, x), settle(model, x, calls=1), rtol=1e-5, atol=1e-5)
+    assert runs_on_constants() == [True]
 
 
 def test_two_threads_with_a_model_each():

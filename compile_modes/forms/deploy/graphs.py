@@ -52,8 +52,7 @@ class Graph:
     def run(self, view: Callable[..., Any], args: Sequence[Any]) -> Any:
         """Runs the frozen form on one set of constants."""
         assert self._frozen is not None
-        self._current.view = view
-        return self._frozen.run(*self._inputs(args))
+        return self._run(self._frozen, view, args)
 
     def freeze(self, args: Sequence[Any]) -> None:
         """Compiles the frozen form, unless someone is at it."""
@@ -93,12 +92,19 @@ class Graph:
         assert self._frozen is not None
         return freezing.with_constants(self._frozen.call, constants)
 
+    def _run(self, frozen: freezing.Frozen, view: Callable[..., Any], args: Sequence[Any]) -> Any:
+        self._current.view = view
+        return frozen.run(*self._inputs(args))
+
     def _needs(self, slot: Slot) -> frozenset[int]:
         return self._recipe.needs(slot)
 
     def _freeze(self, args: Sequence[Any]) -> None:
         assert self._source is not None
-        source, weights = self._source, [weight.detach() for weight in self.weights(args)]
+        source, given = self._source, list(args)
+        weights = [weight.detach().clone() for weight in self.weights(args)]  # others may write to theirs meanwhile
+        for index, weight in zip(self._positions, weights, strict=True):
+            given[index] = weight
         _hold(source, self._positions, weights)
         recipe = Recipe(weights)
         current = self._current
@@ -106,15 +112,10 @@ class Graph:
         slots = {name: recipe.named[of] for name, of in frozen.constants.items() if of in recipe.named}
         self._recipe = recipe
         self._slots = {name: slot for name, slot in slots.items() if recipe.needs(slot)}
-        self._frozen = frozen
-        try:
-            self._try_out(frozen, args)
-        except BaseException:
-            self._frozen = None
-            raise
+        self._try_out(frozen, given)
         recipe.forget_weights()
         frozen.forget(self._slots)
-        self._source = None
+        self._frozen, self._source = frozen, None
         logs.logger.info("a graph is frozen: %d constants of %d weights", len(self._slots), len(weights))
 
     def _try_out(self, frozen: freezing.Frozen, args: Sequence[Any]) -> None:
@@ -124,7 +125,7 @@ class Graph:
             if why := disagreement(frozen.call.__globals__[name], value, tolerance=0.0):
                 raise freezing.Unfrozen(f"{name} can't be computed again: {why}")
         expected = self.stock(*args)
-        given = self.run(self.view(constants), args)
+        given = self._run(frozen, freezing.with_constants(frozen.call, constants), args)
         for one, other in zip(expected, given, strict=True):
             if why := disagreement(one, other, tolerance=None):
                 raise freezing.Unfrozen(f"frozen outputs differ: {why}")

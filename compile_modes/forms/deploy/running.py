@@ -65,6 +65,7 @@ class Deployed:
     def __call__(self, *args: Any) -> Any:
         graph = self._graph
         if graph.declined:
+            self._sets.clear()
             return graph.stock(*args)
         weights = graph.weights(args)
         constants = self._sets.get(tuple(map(id, weights)))

@@ -38,7 +38,7 @@ class Snapshot:
         self._counts = list(map(_versions, self._pick(weights)))
         counted = set(self._counted)
         known = before._addresses if before else [None] * len(weights)
-        self._pieces = [
+        self._pieces: list[list[memoryview]] = [
             before._pieces[index] if before and known[index] == address else _pieces(weight, whole=index not in counted)
             for index, (weight, address) in enumerate(zip(weights, self._addresses, strict=True))
         ]

@@ -24,7 +24,7 @@ class Writes:
         self.now = 0
         self._last: dict[int, int] = {}
         self._floor = 0
-        self._open: dict[int, tuple[float, frozenset[int]]] = {}
+        self._open: dict[int, tuple[float, int, frozenset[int]]] = {}
         self._lock = threading.Lock()
 
     def note(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -43,17 +43,18 @@ class Writes:
 
     def begin(self, writer: Any, tensors: Iterable[torch.Tensor]) -> None:
         """Says that someone writes to these until :meth:`end`."""
-        self._open[id(writer)] = time.monotonic(), frozenset(map(id, tensors))
+        self._open[id(writer)] = time.monotonic(), threading.get_ident(), frozenset(map(id, tensors))
 
     def end(self, writer: Any) -> None:
         self._open.pop(id(writer), None)
 
     def in_progress(self, ids: Iterable[int]) -> bool:
-        """Whether one of these tensors is being written to."""
+        """Whether another thread is writing to one of these tensors."""
         if not self._open:
             return False
-        late = time.monotonic() - _LONGEST_STEP
-        return any(start > late and not written.isdisjoint(ids) for start, written in list(self._open.values()))
+        late, own = time.monotonic() - _LONGEST_STEP, threading.get_ident()
+        others = [written for start, thread, written in list(self._open.values()) if start > late and thread != own]
+        return any(not written.isdisjoint(ids) for written in others)
 
 
 WRITES = Writes()
