@@ -18,7 +18,7 @@ from common import markdown, short, versions
 from eval_models import MODELS, build, contenders, settle, timed
 
 NAMES = ("eager", "stock", "freezing", "auto", "strict")
-COLUMNS = ("model, batch", *(f"{name}, ms" for name in NAMES), "auto / stock", "auto / freezing", "error")
+COLUMNS = ("model, batch", *(f"{name}, ms" for name in NAMES), "stock / auto", "freezing / auto", "error")
 
 
 def measured(name: str, batch: int, rounds: int, size: int) -> dict[str, Any]:

@@ -67,10 +67,10 @@ class Snapshot:
         found = {index for index, address in enumerate(self._addresses) if now[index] != address}
         counts = zip(self._counted, self._counts, map(_versions, self._pick(weights)), strict=True)
         found |= {index for index, then, count in counts if then != count}
-        start = 0
-        for index, views in enumerate(self._pieces):
+        start, now_bytes = 0, b"".join(self._memory)
+        for index, views in enumerate(self._pieces if now_bytes != self._bytes else ()):
             end = start + sum(map(len, views))
-            if index not in found and b"".join(views) != self._bytes[start:end]:
+            if index not in found and now_bytes[start:end] != self._bytes[start:end]:
                 found.add(index)
             start = end
         if self._strict:
