@@ -132,3 +132,17 @@ def test_the_cost_per_node_is_measured(tmp_path):
     (row,) = json.loads(path.read_text())["microseconds per node"]
     assert all(value > 0 for value in row.values())
     assert f"| {row['nodes']} |" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["eval_speed", "refresh"])
+def test_frozen_weights_are_measured(script, tmp_path):
+    pytest.importorskip("torchvision")
+    path = tmp_path / "figures.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), "--models", "mobilenet_v2", "--size", "32"]
+    more = ["--rounds", "4", "--json", str(path), *(["--batches", "1"] if script == "eval_speed" else [])]
+    done = subprocess.run([*command, *more], capture_output=True, encoding="utf-8", timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (figures,) = json.loads(path.read_text())["figures"].values()
+    assert figures.get("error", 0.0) < 1e-4
+    assert "| mobilenet_v2" in done.stdout

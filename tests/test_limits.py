@@ -249,6 +249,7 @@ PROVOKED = {
     (27, "CM416"): lambda: recompiled({"recompile_limit": 2}),
     (27, "CM417"): lambda: recompiled({"accumulated_recompile_limit": 2}, mode_vectors=1),
     (34, "CM519"): of_unknown_operator,
+    (36, "CM418"): lambda: torch.no_grad()(compiled)(Called(lambda _, x: x + torch.rand_like(x)), freeze="auto"),
 }
 # Provoked elsewhere, for they take a graph that is made for it, or a torch that is.
 ELSEWHERE = {(18, "CM304"), (22, "CM411"), (22, "CM401"), (30, "CM415")}

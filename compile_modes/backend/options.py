@@ -10,7 +10,7 @@ import torch
 from compile_modes import messages
 from compile_modes.graph.requests import check_overrides, check_probabilities
 
-_OWN_OPTIONS = ("training", "overrides", "dropout_p", "mode_vectors", "tune")
+_OWN_OPTIONS = ("training", "overrides", "dropout_p", "mode_vectors", "tune", "freeze")
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Options:
     inductor: Mapping[str, Any] = field(default_factory=dict)
     mode_vectors: int | None = None
     tune: bool = False
+    freeze: bool | str = False
 
     @property
     def explicit(self) -> bool:
@@ -45,11 +46,14 @@ class Options:
         tune = given.pop("tune", False)
         if type(tune) is not bool:
             raise messages.NOT_A_SWITCH.error(name="tune", value=tune)
+        freeze = given.pop("freeze", False)
+        if freeze not in (False, "auto", "strict") or type(freeze) not in (bool, str):
+            raise messages.NOT_A_FREEZE.error(freeze=freeze)
         known = torch._inductor.list_options()
         for key in given:
             if key.replace("-", "_") not in known:
                 raise messages.UNKNOWN_OPTION.error(key=key, suggestion=_near(key, [*_OWN_OPTIONS, *known]))
-        return cls(training, overrides, dropout_p, given, vectors, tune)
+        return cls(training, overrides, dropout_p, given, vectors, tune, freeze)
 
 
 def _near(name: str, known: Sequence[str]) -> str:

@@ -71,3 +71,8 @@ COMPILED_TOO_OFTEN = Warn(
     "new combinations of modes run in eager mode.",
     "raise the option mode_vectors or torch._dynamo.config.accumulated_recompile_limit",
 )
+NOT_FROZEN = Warn(
+    "CM418",
+    "a graph runs in its stock form, although options ask for freeze: {error}",
+    "nothing: its results are right, and its speed is that without the option",
+)

@@ -99,6 +99,13 @@ NOT_A_SWITCH = Error(
     where="options",
     raised=OptionError,
 )
+NOT_A_FREEZE = Error(
+    "CM124",
+    "freeze is {freeze!r}",
+    "pass 'auto', which sees nearly all writes to weights, 'strict', which compares all bytes at each call, or False",
+    where="options",
+    raised=OptionError,
+)
 INDISTINCT = Error(
     "CM130",
     "the pattern {pattern!r} names parts of one of several exported modules that can't be told apart",
