@@ -1,6 +1,6 @@
 """Eval without gradients: eager, stock torch.compile, Inductor's freezing (stale after any write: the ceiling), ours.
 
-    python benchmarks/eval_speed.py [--models resnet18 mobilenet_v2] [--batches 1 8] [--rounds N] [--json FILE]
+    python -m benchmarks.eval_speed [--models resnet18 mobilenet_v2] [--batches 1 8] [--rounds N] [--json FILE]
 
 One process, one thread, random weights, 224 px. Contenders are called in turn; medians. "auto" and "strict" are
 ``options={"freeze": ...}``. The error is the largest difference from eager, relative to eager's largest output.
@@ -14,8 +14,9 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import markdown, short, versions
-from eval_models import MODELS, build, contenders, settle, timed
+
+from benchmarks.common import markdown, short, versions
+from benchmarks.eval_models import MODELS, build, contenders, settle, timed
 
 NAMES = ("eager", "stock", "freezing", "auto", "strict")
 COLUMNS = ("model, batch", *(f"{name}, ms" for name in NAMES), "stock / auto", "freezing / auto", "error")

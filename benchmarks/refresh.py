@@ -1,6 +1,6 @@
 """What it costs to keep frozen weights fresh: computing constants again, the check at each call, and memory.
 
-    python benchmarks/refresh.py [--models resnet18 mobilenet_v2] [--rounds N] [--json FILE]
+    python -m benchmarks.refresh [--models resnet18 mobilenet_v2] [--rounds N] [--json FILE]
 
 One process, one thread, batch 1, 224 px, ``freeze="auto"``. "all" is the first call on constants after a write to every
 parameter, less a call that has nothing to compute; "one layer" after a write to the last layer's bias. "pays after" is
@@ -14,9 +14,9 @@ import warnings
 from statistics import median
 
 import torch
-from common import markdown, versions
-from eval_models import MODELS, build, timed
 
+from benchmarks.common import markdown, versions
+from benchmarks.eval_models import MODELS, build, timed
 from compile_modes.forms.deploy.running import DEPLOYED
 from compile_modes.forms.deploy.sets import RESTED
 

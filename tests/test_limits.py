@@ -237,7 +237,7 @@ PROVOKED = {
     (20, "CM307"): lambda: cm.export(nn.Sequential(Either()), (X,)).get_submodule("0").eval(),
     (19, "CM321"): lambda: cm.export(Counting(), (X,), verify=True),
     (21, "CM410"): lambda: compiled(torch.export.export(Linear(nn.Dropout(0.5)), (X,)).module()),
-    (22, "CM413"): lambda: compiled(Called(lambda _, x: Stopping.apply(x))),
+    (22, "CM413"): lambda: compiled(Called(lambda _, x: Stopping.apply(x)), tune=True),
     (22, "CM134"): lambda: compiled(Called(lambda _, x: Stopping.apply(x)), training=False),
     (23, "CM141"): lambda: compiled(Called(branch), training=False),
     (23, "CM132"): lambda: compiled(Linear(Called(branch)), overrides={"then": "eval"}),
