@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 RUNS = {
     "call_overhead": (),
     "export_cost": (),
+    "train_step": (),
     "compile_share": ("--repeats", "3"),
     "rewrite_scaling": ("--nodes", "1000", "4000"),
     "flips": (),
