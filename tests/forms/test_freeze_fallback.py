@@ -234,6 +234,7 @@ def test_tied_parameters_have_one_constant():
     assert runs_on_constants() == [True]
 
 
+@pytest.mark.slow
 def test_under_autocast_and_in_inference_mode():
     model = net()
     call = frozen(model)
@@ -267,6 +268,7 @@ def agrees_in_inference(call, model):
         torch.testing.assert_close(call(X), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_other_ways_of_calling():
     """Bound, forced into a mode, and under no_grad inside of the model."""
     model = net()

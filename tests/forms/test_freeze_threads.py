@@ -40,6 +40,7 @@ def whole(outputs, sets):
     return len(nearest.indices.unique())
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("kind", ["foreach", "fused", "for-loop"])
 @pytest.mark.parametrize("pause", [0.0, 0.03])
 def test_eight_threads_call_while_one_trains(kind, pause):
