@@ -1,8 +1,12 @@
-"""What the benchmarks share: the header, and how numbers are shown."""
+"""What the benchmarks share: the header, and how figures are shown and kept."""
 
+import argparse
+import json
 import os
 import platform
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
+from typing import Any
 
 import torch
 
@@ -22,6 +26,51 @@ def versions(*packages: str) -> dict[str, str]:
     return found | {"python": platform.python_version(), "cores": str(os.cpu_count())}
 
 
-def markdown(columns: list[str], rows: list[list[str]]) -> str:
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def options(parser: argparse.ArgumentParser, *packages: str) -> argparse.Namespace:
+    """Parses the command line, with what all benchmarks take; prints the header, and stays in one thread."""
+    parser.add_argument("--json", metavar="FILE", help="where to write all figures")
+    parser.add_argument("--plot", metavar="FILE", help="where to draw them, as a PNG; needs matplotlib")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    arguments.versions = versions(*packages)
+    print(", ".join(f"{name} {version}" for name, version in arguments.versions.items()), flush=True)
+    return arguments
+
+
+def finish(arguments: argparse.Namespace, figures: Any, draw: Callable[[Any], None] | None = None) -> None:
+    """Writes figures as JSON and as a picture, where the command line asks for it.
+
+    Args:
+        arguments: those of :func:`options`.
+        figures: what was measured.
+        draw: draws it on axes of matplotlib.
+    """
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump({"versions": arguments.versions, "figures": figures}, file, indent=2)
+    if arguments.plot and draw is not None:
+        pyplot = __import__("matplotlib.pyplot").pyplot
+        figure, axes = pyplot.subplots(figsize=(7, 3), layout="constrained")
+        draw(axes)
+        figure.savefig(arguments.plot, dpi=80)
+        pyplot.close(figure)
+
+
+def bars(axes: Any, labels: Sequence[str], values: Mapping[str, Sequence[float]], what: str) -> None:
+    """Horizontal bars, a group for each label, with a line at 1 where they are ratios."""
+    height = 0.8 / len(values)
+    for number, (name, own) in enumerate(values.items()):
+        places = [place + number * height for place in range(len(labels))]
+        axes.bar_label(axes.barh(places, own, height, label=name), fmt="%.2f", fontsize=7, padding=2)
+    axes.set_yticks([place + 0.4 - height / 2 for place in range(len(labels))], labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(what, fontsize=8)
+    axes.margins(x=0.12)
+    if len(values) > 1:
+        axes.axvline(1.0, color="black", linewidth=0.6)
+        axes.legend(fontsize=7)

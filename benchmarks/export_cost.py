@@ -1,6 +1,6 @@
 """What cm.export costs, against two stock exports of the same model: where flags suffice, and where Python decides.
 
-    python benchmarks/export_cost.py [--repeats N] [--json FILE]
+    python -m benchmarks.export_cost [--repeats N] [--json FILE]
 
 Both are taken in turn, in one process and one thread. Medians of CPU time, and how often torch.export.export was run.
 "without verify" is ``verify=False``: then the result is not run beside the model.
@@ -15,10 +15,10 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import markdown, versions
 from torch import Tensor, nn
 
 import compile_modes as cm
+from benchmarks.common import markdown, versions
 
 COLUMNS = ("two stock exports, s", "exports", "cm.export, ratio", "without verify, ratio")
 

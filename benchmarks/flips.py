@@ -1,6 +1,6 @@
 """What a flip between train() and eval() costs, and what it breaks: this project, torchao, two exports, eager.
 
-    python benchmarks/flips.py [--model resnet18] [--flips N] [--threads N] [--json FILE]
+    python -m benchmarks.flips [--model resnet18] [--flips N] [--threads N] [--json FILE]
 
 Everything runs in one process on the CPU. Every cell is measured; a contender that raises shows the exception's name.
 ``torch.set_num_threads`` is set from ``--threads``, 1 by default: the calls are short, and one thread is disturbed
@@ -27,11 +27,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import short, versions
 from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 
 import compile_modes as cm
+from benchmarks.common import short, versions
 
 try:
     from rich.console import Console

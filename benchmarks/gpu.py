@@ -1,7 +1,7 @@
 """Train steps, evaluation, flips and compile times on a GPU: this project, stock Inductor, freezing, eager, torchao.
 
-    python benchmarks/gpu.py [--budget SECONDS] [--resume] [--json FILE]
-    python benchmarks/gpu.py --smoke    # a tiny model, on the CPU if there is no GPU
+    python -m benchmarks.gpu [--budget SECONDS] [--resume] [--json FILE]
+    python -m benchmarks.gpu --smoke    # a tiny model, on the CPU if there is no GPU
 
 Each model and dtype is one row. Its contenders compile at the same time, each in a process with empty caches (not in a
 smoke run) and its share of the cores; then they are timed in turns while the others wait. What doesn't fit into the
@@ -27,10 +27,9 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from common import markdown, short, versions  # isort: skip
-from gpu_worker import BATCH, CONTENDERS, TOKENS, Task, main as work  # isort: skip
+from benchmarks.common import markdown, short, versions
+from benchmarks.gpu_worker import BATCH, CONTENDERS, TOKENS, Task
+from benchmarks.gpu_worker import main as work
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = ("resnet50", "efficientnet_b0", "convnext_tiny", "vit_b_16", "bert_base")

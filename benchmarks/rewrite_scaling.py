@@ -1,6 +1,6 @@
 """What sites, bind, set_mode, bake and explain cost per node of a program, for programs of several sizes.
 
-    python benchmarks/rewrite_scaling.py [--nodes 1000 4000 17000] [--repeats N] [--json FILE]
+    python -m benchmarks.rewrite_scaling [--nodes 1000 4000 17000] [--repeats N] [--json FILE]
 
 A program is a chain of blocks (linear, batch norm, dropout, ReLU, a residual), 13 nodes each with their parameters, a
 quarter of them sites or counters. Each repetition starts from a fresh ``program.module()``, which is not counted.
@@ -17,10 +17,10 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import markdown, versions
 from torch import Tensor, nn
 
 import compile_modes as cm
+from benchmarks.common import markdown, versions
 
 COLUMNS = ("sites", "bind", "explain", "set_mode", "bake", "recompile")
 

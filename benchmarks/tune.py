@@ -1,6 +1,6 @@
 """What folding eval-mode batch norms saves in training with frozen statistics, and what it costs.
 
-    python benchmarks/tune.py [--models resnet18 resnet50 ...] [--repeats N] [--contiguous] [--json FILE]
+    python -m benchmarks.tune [--models resnet18 resnet50 ...] [--repeats N] [--contiguous] [--json FILE]
 
 All parameters train, batch norms are in eval. Contenders: stock ``torch.compile``; ours, without and with the option
 ``tune``; stock with Inductor's own ``efficient_conv_bn_eval_fx_passes``. All are compiled in one process, then take
@@ -20,9 +20,10 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import markdown, versions
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.common import markdown, versions
 
 MODELS = ("resnet18", "resnet50", "regnet_x_400mf", "mobilenet_v2", "efficientnet_b0")
 CONTENDERS = ("stock", "ours", "tune", "Inductor's pass")

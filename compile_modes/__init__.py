@@ -28,6 +28,7 @@ from compile_modes.exported.torchao import (
     move_exported_model_to_train,
 )
 from compile_modes.exported.verifying import verify
+from compile_modes.forms.deploy.writes import invalidate
 from compile_modes.graph.cumulative import exportable
 from compile_modes.graph.explain import explain
 from compile_modes.graph.finding import sites
@@ -58,6 +59,7 @@ __all__ = [
     "explain",
     "export",
     "exportable",
+    "invalidate",
     "load",
     "model_is_exported",
     "move_exported_model_to_eval",

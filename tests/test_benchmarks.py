@@ -1,6 +1,6 @@
 """The GPU benchmark runs through without a GPU, and the README quotes its last run, or says that there is none."""
 
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
@@ -16,18 +16,19 @@ pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="the benchmarks are 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    spec = importlib.util.spec_from_file_location("benchmark_of_gpus", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
+    monkeypatch.syspath_prepend(str(ROOT))
+    return importlib.import_module("benchmarks.gpu")
+
+
+def started(name, *arguments, timeout=900):
+    """What becomes of ``python -m NAME``."""
+    command = [sys.executable, "-m", name, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=timeout, check=False)
 
 
 def run(tmp_path, *arguments):
     path = tmp_path / "results.json"
-    command = [sys.executable, str(SCRIPT), "--smoke", "--json", str(path), *arguments]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=1600)
+    done = started("benchmarks.gpu", "--smoke", "--json", str(path), *arguments, timeout=1600)
     assert done.returncode == 0, done.stdout + done.stderr
     written = json.loads(path.read_text())
     assert written["head"]["torch"] == torch.__version__
@@ -68,9 +69,7 @@ def test_the_whole_script_on_a_tiny_model(tmp_path, gpu):
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so():
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT)], capture_output=True, encoding="utf-8", timeout=300, check=False
-    )
+    done = started("benchmarks.gpu")
     assert done.returncode == 2
     assert "--smoke" in done.stderr
 
@@ -125,10 +124,52 @@ def test_the_newest_run_is_found(gpu, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_cost_per_node_is_measured(tmp_path):
     path = tmp_path / "costs.json"
-    script = ROOT / "benchmarks" / "rewrite_scaling.py"
-    command = [sys.executable, str(script), "--nodes", "100", "--repeats", "1", "--json", str(path)]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=600)
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.rewrite_scaling",
+        "--nodes",
+        "100",
+        "--repeats",
+        "1",
+        "--json",
+        str(path),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = json.loads(path.read_text())["microseconds per node"]
     assert all(value > 0 for value in row.values())
     assert f"| {row['nodes']} |" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["eval_speed", "refresh"])
+def test_frozen_weights_are_measured(script, tmp_path):
+    pytest.importorskip("torchvision")
+    path = tmp_path / "figures.json"
+    more = ["--rounds", "4", "--json", str(path), *(["--batches", "1"] if script == "eval_speed" else [])]
+    done = started(f"benchmarks.{script}", "--models", "mobilenet_v2", "--size", "32", *more)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (figures,) = json.loads(path.read_text())["figures"].values()
+    assert figures.get("error", 0.0) < 1e-4
+    assert "| mobilenet_v2" in done.stdout
+
+
+@pytest.mark.slow
+def test_calls_are_measured(tmp_path):
+    path = tmp_path / "figures.json"
+    done = started("benchmarks.call_overhead", "--owners", "2", "--repeats", "2", "--json", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(value > 0 for value in json.loads(path.read_text())["figures"]["2"].values())
+    assert "| 2 |" in done.stdout
+
+
+@pytest.mark.slow
+def test_all_of_them_in_a_time(tmp_path):
+    page = tmp_path / "page.md"
+    command = [sys.executable, "-m", "benchmarks", "--only", "call_overhead", "flips", "--minutes", "0.01"]
+    done = subprocess.run(
+        [*command, "--summary", str(page)], cwd=ROOT, capture_output=True, encoding="utf-8", timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert page.read_text().count("left out") == 2

@@ -237,7 +237,7 @@ PROVOKED = {
     (20, "CM307"): lambda: cm.export(nn.Sequential(Either()), (X,)).get_submodule("0").eval(),
     (19, "CM321"): lambda: cm.export(Counting(), (X,), verify=True),
     (21, "CM410"): lambda: compiled(torch.export.export(Linear(nn.Dropout(0.5)), (X,)).module()),
-    (22, "CM413"): lambda: compiled(Called(lambda _, x: Stopping.apply(x))),
+    (22, "CM413"): lambda: compiled(Called(lambda _, x: Stopping.apply(x)), tune=True),
     (22, "CM134"): lambda: compiled(Called(lambda _, x: Stopping.apply(x)), training=False),
     (23, "CM141"): lambda: compiled(Called(branch), training=False),
     (23, "CM132"): lambda: compiled(Linear(Called(branch)), overrides={"then": "eval"}),
@@ -248,9 +248,10 @@ PROVOKED = {
     (26, "CM134"): lambda: passed(norm().eval()),
     (27, "CM416"): lambda: recompiled({"recompile_limit": 2}),
     (27, "CM417"): lambda: recompiled({"accumulated_recompile_limit": 2}, mode_vectors=1),
-    (28, "CM418"): lambda: compiled(norm(), modes="data"),
-    (28, "CM126"): lambda: compiled(cm.export(Called(jitters), (X,)), modes="data"),
+    (28, "CM419"): lambda: compiled(norm(), modes="data"),
+    (28, "CM127"): lambda: compiled(cm.export(Called(jitters), (X,)), modes="data"),
     (35, "CM519"): of_unknown_operator,
+    (37, "CM418"): lambda: torch.no_grad()(compiled)(Called(lambda _, x: x + torch.rand_like(x)), freeze="auto"),
 }
 # Provoked elsewhere, for they take a graph that is made for it, or a torch that is.
 ELSEWHERE = {(18, "CM304"), (22, "CM411"), (22, "CM401"), (31, "CM415")}

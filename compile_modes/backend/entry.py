@@ -21,6 +21,7 @@ from compile_modes.backend.owners import Names, name_owners
 from compile_modes.backend.unreached import watch, watch_for
 from compile_modes.errors import CaptureError, few, summary
 from compile_modes.forms.data import Inputs
+from compile_modes.forms.deploy.running import deploying
 from compile_modes.forms.lower import keyed, lower, lower_as_data
 from compile_modes.graph.finding import sites
 from compile_modes.graph.functional import is_kept
@@ -55,7 +56,9 @@ def pt2e_modes(
             batch norms in eval mode into the convolution in front, where gradients are needed and it saves memory.
             ``modes``: ``"data"`` has one graph for all modes of dropouts, which reads flags at each call, as far as
             nothing else depends on these flags; what stays guarded is warned of.
-            Anything else is an option of Inductor.
+            ``freeze``: eval without gradients runs on weights that are folded and packed into constants, and computed
+            again after each write to a parameter or buffer. ``"auto"`` sees nearly all writes, ``"strict"`` compares
+            all bytes at each call; False, the default, leaves it. Anything else is an option of Inductor.
 
     Returns:
         What Inductor compiled.
@@ -72,11 +75,13 @@ def pt2e_modes(
     frames.at_compilations(_at_compilation)  # once more, for torch._dynamo.reset() forgets it
     parsed = Options.parse(mode, options)
     compile_fx = keyed(_compat.inductor(mode, dict(parsed.inductor)))
+    compile_fx = deploying(compile_fx, parsed.freeze, mode, parsed.inductor)
     frames.name_graph_module()
     _warn_unbound(frames.frame_modules())
     if full := make_room((mode, repr(parsed)), parsed.mode_vectors):
         messages.warn_once(full)
-    if not (parsed.explicit or parsed.tune or logs.listening() or may_lower(gm) or parsed.modes):
+    lowering = parsed.tune or parsed.freeze or parsed.modes or may_lower(gm)
+    if not (parsed.explicit or lowering or logs.listening()):
         return compile_fx(gm, example_inputs)  # the modes are those that Dynamo has read
     try:
         captured = capture(gm, example_inputs)

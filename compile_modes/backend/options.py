@@ -10,7 +10,7 @@ import torch
 from compile_modes import messages
 from compile_modes.graph.requests import check_overrides, check_probabilities
 
-_OWN_OPTIONS = ("training", "overrides", "dropout_p", "mode_vectors", "tune", "modes")
+_OWN_OPTIONS = ("training", "overrides", "dropout_p", "mode_vectors", "tune", "freeze", "modes")
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Options:
     inductor: Mapping[str, Any] = field(default_factory=dict)
     mode_vectors: int | None = None
     tune: bool = False
+    freeze: bool | str = False
     modes: str | None = None
 
     @property
@@ -46,16 +47,20 @@ class Options:
         tune = given.pop("tune", False)
         if type(tune) is not bool:
             raise messages.NOT_A_SWITCH.error(name="tune", value=tune)
+        freeze = given.pop("freeze", False)
+        if freeze not in (False, "auto", "strict") or type(freeze) not in (bool, str):
+            raise messages.NOT_A_FREEZE.error(freeze=freeze)
         modes = given.pop("modes", None)
         if modes not in (None, "data"):
             raise messages.NOT_DATA.error(modes=modes)
-        if modes and (training is not None or overrides):
-            raise messages.DATA_AND_ASKED.error()
+        asked = {"training": training is not None, "overrides": bool(overrides), "freeze": bool(freeze)}
+        if modes and any(asked.values()):
+            raise messages.DATA_AND_ASKED.error(asked=next(name for name in asked if asked[name]))
         known = torch._inductor.list_options()
         for key in given:
             if key.replace("-", "_") not in known:
                 raise messages.UNKNOWN_OPTION.error(key=key, suggestion=_near(key, [*_OWN_OPTIONS, *known]))
-        return cls(training, overrides, dropout_p, given, vectors, tune, modes)
+        return cls(training, overrides, dropout_p, given, vectors, tune, freeze, modes)
 
 
 def _near(name: str, known: Sequence[str]) -> str:

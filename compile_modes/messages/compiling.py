@@ -71,8 +71,13 @@ COMPILED_TOO_OFTEN = Warn(
     "new combinations of modes run in eager mode.",
     "raise the option mode_vectors or torch._dynamo.config.accumulated_recompile_limit",
 )
-STAYS_GUARDED = Warn(
+NOT_FROZEN = Warn(
     "CM418",
+    "a graph runs in its stock form, although options ask for freeze: {error}",
+    "nothing: its results are right, and its speed is that without the option",
+)
+STAYS_GUARDED = Warn(
+    "CM419",
     'options={{"modes": "data"}}: another graph is compiled for each mode of\n{sites}',
     "nothing, if these are seldom flipped",
 )

@@ -99,22 +99,29 @@ NOT_A_SWITCH = Error(
     where="options",
     raised=OptionError,
 )
-NOT_DATA = Error(
+NOT_A_FREEZE = Error(
     "CM124",
+    "freeze is {freeze!r}",
+    "pass 'auto', which sees nearly all writes to weights, 'strict', which compares all bytes at each call, or False",
+    where="options",
+    raised=OptionError,
+)
+NOT_DATA = Error(
+    "CM125",
     "modes is {modes!r}",
     'pass "data", or leave it out: Dynamo then guards on each mode',
     where="options",
     raised=OptionError,
 )
 DATA_AND_ASKED = Error(
-    "CM125",
-    "modes is 'data', and training or overrides ask for modes of their own",
-    "leave out either: with modes as data, the flags of the modules are all that decides",
+    "CM126",
+    "modes is 'data', and {asked} is given as well",
+    "leave out either: with modes as data, the flags decide, and one graph is for both modes",
     where="options",
     raised=OptionError,
 )
 SWITCH_AS_DATA = Error(
-    "CM126",
+    "CM127",
     "modes is 'data', but Python decides by the flag of {owners}: each branch is a graph of its own",
     "leave the option out: Dynamo then guards on each mode",
     where="options",

@@ -359,7 +359,7 @@ class TestGuarded:
     def test_norms_are_named(self):
         model = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Dropout(0.3))
         eager, call = copy.deepcopy(model), compiled(model)
-        with pytest.warns(ModeWarning, match=r"(?s)CM418.*batch_norm.*owner '1'"):
+        with pytest.warns(ModeWarning, match=r"(?s)CM419.*batch_norm.*owner '1'"):
             same_as_eager(call, model, eager)
         for vector in itertools.product([True, False], repeat=2):
             for m in (model, eager):
@@ -413,19 +413,19 @@ class TestGuarded:
 
         program = cm.export(nn.Sequential(nn.Linear(16, 16), Jitter(), nn.Dropout(0.2)), (X,))
         assert any(site.op.family == "switch" for site in cm.sites(program))
-        with pytest.raises(OptionError, match=r"(?s)CM126.*'1'"):
+        with pytest.raises(OptionError, match=r"(?s)CM127.*'1'"):
             compiled(program)(X)
 
 
 @pytest.mark.parametrize("value", ["tensor", True, 1])
 def test_only_data_is_a_value(value):
-    with pytest.raises(OptionError, match="CM124"):
+    with pytest.raises(OptionError, match="CM125"):
         torch.compile(Layers(1), backend="pt2e_modes", options={"modes": value})(X)
 
 
-@pytest.mark.parametrize("asked", [{"training": True}, {"overrides": {"*": "eval"}}])
+@pytest.mark.parametrize("asked", [{"training": True}, {"overrides": {"*": "eval"}}, {"freeze": "auto"}])
 def test_modes_that_are_asked_for_are_no_data(asked):
-    with pytest.raises(OptionError, match="CM125"):
+    with pytest.raises(OptionError, match="CM126"):
         compiled(Layers(1), **asked)(X)
 
 

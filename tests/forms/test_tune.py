@@ -103,6 +103,7 @@ def forms(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_inductor")
+@pytest.mark.every(4)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("case", FOLDED.values(), ids=FOLDED)
 def test_gradients_are_those_of_eager(case, dtype, forms):
@@ -272,6 +273,7 @@ DECLINED = {
 
 
 @pytest.mark.usefixtures("no_inductor")
+@pytest.mark.every(2)
 @pytest.mark.parametrize("case", DECLINED.values(), ids=DECLINED)
 def test_norms_that_stay_say_why(case, forms):
     build, shape, reason = case

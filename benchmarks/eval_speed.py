@@ -1,0 +1,83 @@
+"""Eval without gradients: eager, stock torch.compile, Inductor's freezing (stale after any write: the ceiling), ours.
+
+    python -m benchmarks.eval_speed [--models resnet18 mobilenet_v2] [--batches 1 8] [--rounds N] [--json FILE]
+
+One process, one thread, random weights, 224 px. Contenders are called in turn; medians. "auto" and "strict" are
+``options={"freeze": ...}``. The error is the largest difference from eager, relative to eager's largest output.
+"""
+
+import argparse
+import json
+import math
+import warnings
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.common import markdown, short, versions
+from benchmarks.eval_models import MODELS, build, contenders, settle, timed
+
+NAMES = ("eager", "stock", "freezing", "auto", "strict")
+COLUMNS = ("model, batch", *(f"{name}, ms" for name in NAMES), "stock / auto", "freezing / auto", "error")
+
+
+def measured(name: str, batch: int, rounds: int, size: int) -> dict[str, Any]:
+    x = torch.randn(batch, 3, size, size)
+    calls = contenders(build(name, size))
+    compile_s = {n: settle(n, call, x) for n, (call, _) in calls.items()}
+    times: dict[str, list[float]] = {n: [] for n in calls}
+    for _ in range(rounds):
+        for n, (call, _) in calls.items():
+            times[n].append(timed(call, x))
+    expected = calls["eager"][0](x)
+    error = ((calls["auto"][0](x) - expected).abs().max() / expected.abs().max()).item()
+    ms = {n: median(t) for n, t in times.items()}
+    return {"ms": ms, "first_calls_s": compile_s, "error": error}
+
+
+def row(label: str, found: dict[str, Any]) -> list[str]:
+    ms = found["ms"]
+    ratios = [f"{ms['stock'] / ms['auto']:.2f}", f"{ms['freezing'] / ms['auto']:.2f}"]
+    return [
+        label,
+        *(short(ms[name]) if ms[name] < 10 else f"{ms[name]:.1f}" for name in NAMES),
+        *ratios,
+        f"{found['error']:.0e}",
+    ]
+
+
+def mean(figures: dict[str, dict[str, Any]], batch: int, peer: str) -> str:
+    ratios = [f["ms"][peer] / f["ms"]["auto"] for label, f in figures.items() if label.endswith(f", {batch}")]
+    return f"{math.exp(sum(map(math.log, ratios)) / len(ratios)):.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    figures = {}
+    print(", ".join(f"{name} {version}" for name, version in versions("torchvision").items()))
+    with torch.no_grad():
+        for name in arguments.models:
+            for batch in arguments.batches:
+                torch._dynamo.reset()
+                figures[f"{name}, {batch}"] = found = measured(name, batch, arguments.rounds, arguments.size)
+                print(" ".join(row(f"{name}, {batch}", found)), flush=True)
+    print(markdown(list(COLUMNS), [row(label, found) for label, found in figures.items()]))
+    for batch in arguments.batches:
+        means = f"{mean(figures, batch, 'stock')} over stock, {mean(figures, batch, 'freezing')} over freezing"
+        print(f"geometric means, batch {batch}: auto is {means}")
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump({"versions": versions("torchvision"), "figures": figures}, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()
