@@ -24,6 +24,7 @@ RUNS = {
     "eval_speed": ("--models", "resnet18", "mobilenet_v2", "--batches", "1"),
     "refresh": ("--models", "resnet18", "mobilenet_v2"),
     "tune": ("--models", "resnet18"),
+    "modes_data": ("--vectors", "16"),
 }
 
 

@@ -1,6 +1,6 @@
 """What modes as data cost in a call, and what they save in compilations, against guards on every mode.
 
-    python benchmarks/modes_data.py [--repeats N] [--vectors N] [--no-vectors] [--json FILE]
+    python -m benchmarks.modes_data [--repeats N] [--vectors N] [--no-vectors] [--json FILE]
 
 Calls: the model compiled by ``pt2e_modes`` without options ("guards") and with ``modes="data"``, in one process and one
 thread, each with code of its own so that neither waits for the guards of the other. They take turns; times are medians
@@ -22,10 +22,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import markdown, versions
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
+
+from benchmarks.common import markdown, versions
 
 COLUMNS = ["model", "", "guards, us", "data, us", "of guards"]
 

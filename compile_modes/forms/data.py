@@ -109,19 +109,22 @@ class Mask:
 
     index: int
     keep: float
-    size: list[int]
+    size: tuple[int, ...]
     device: torch.device
+
+    def __post_init__(self) -> None:
+        self._varies = any(n < 0 for n in self.size)
 
     def draw(self, flags: Sequence[bool], args: Sequence[Any], idle: dict[tuple[int, ...], Tensor]) -> Tensor:
         """What the graph is given in a call with ``args``: all True, from ``idle``, if the flag is not set."""
-        size = [n if n >= 0 else args[~n] for n in self.size]
+        size = tuple([n if n >= 0 else args[~n] for n in self.size]) if self._varies else self.size
         if flags[self.index]:
             return _empty(size, self.device).bernoulli_(self.keep)
-        if (ones := idle.get(tuple(size))) is None:
+        if (ones := idle.get(size)) is None:
             if len(idle) >= _IDLE:
                 idle.clear()
             with torch.inference_mode(False):
-                ones = idle[tuple(size)] = torch.ones(size, dtype=torch.bool, device=self.device)
+                ones = idle[size] = torch.ones(size, dtype=torch.bool, device=self.device)
         return ones
 
 
@@ -199,7 +202,7 @@ def _size_of(x: Tensor, features: bool) -> list[Any]:
 
 def _ahead(
     graph: fx.GraphModule, chosen: Mapping[Site, int], sizes: Mapping[Site, Sequence[Any]]
-) -> dict[Site, list[int]]:
+) -> dict[Site, tuple[int, ...]]:
     """The sizes of the masks, if all can be drawn ahead of the graph, in the notation of :class:`Mask`; or none."""
     nodes = [n for part in graph.modules() if isinstance(part, fx.GraphModule) for n in part.graph.nodes]
     own = {site.node for site in chosen}
@@ -211,7 +214,7 @@ def _ahead(
     for site, size in sizes.items():
         if not all(type(n) is int or str(n) in said for n in size):
             return {}
-        found[site] = [n if type(n) is int else ~said[str(n)] for n in size]
+        found[site] = tuple([n if type(n) is int else ~said[str(n)] for n in size])
     return found
 
 
