@@ -3,10 +3,10 @@
     python benchmarks/first_eval.py [--models cnn bert4 resnet18] [--tables first second] [--json FILE]
 
 First table: a train step, then the first eval without grad, each row in a process of its own with an empty cache: cold;
-after ``warmup`` of both modes; after ``warmup(background=True)``, which runs beside train steps until it is done.
+after ``warmup`` of both modes; after ``warmup(background=True)``, which runs beside train steps until it is done. In
+seconds on the clock; "slower" and "slowest" are steps beside the child, median and maximum, in medians of steps alone.
 Second table: processes whose cache is warm, with Dynamo and Inductor imported (by compiling something else): loading
-or building the model, ``torch.compile`` and the first eval call, medians over processes. Times are seconds, on the clock in
-the first table, of the CPU in the second.
+or building the model, ``torch.compile`` and the first eval call, medians over processes, in seconds of the CPU.
 """
 
 import argparse

@@ -93,7 +93,7 @@ def test_the_other_mode_is_in_the_cache(cache):
     state, generator = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     handle = cm.warmup(call, VECTORS, background=True)
     assert not handle.done
-    assert handle.wait(300)
+    assert handle.wait(600)
     assert (handle.done, handle.error, repr(handle)) == (True, None, "<Warmup: complete>")
     assert torch.equal(generator, torch.get_rng_state())
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
@@ -151,7 +151,7 @@ def test_a_failing_child_is_warned_of_once(cache, no_inductor):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         handle = cm.warmup(call, VECTORS, background=True)
-        assert handle.wait(300)
+        assert handle.wait(600)
     assert [w.message.code for w in caught] == ["CM613"]
     assert caught[0].filename == __file__
     assert "out of luck" in str(caught[0].message)
@@ -165,7 +165,7 @@ def test_a_child_that_dies_is_warned_of_and_an_error_where_warnings_are(cache, m
     before = files(cache)
     handle = cm.warmup(torch.compile(DiesInEval(4), backend="pt2e_modes"), VECTORS, background=True)
     with pytest.raises(cm.ModeWarning, match="ended with code 3"):
-        handle.wait(300)
+        handle.wait(600)
     assert files(cache) == before
 
 
