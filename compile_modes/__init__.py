@@ -1,7 +1,6 @@
 """train/eval mode in compiled and exported PyTorch models."""
 
 from compile_modes.backend.mode_pass import ModePass
-from compile_modes.backend.warmup import warmup
 from compile_modes.errors import (
     ArchiveError,
     BindError,
@@ -34,6 +33,8 @@ from compile_modes.graph.explain import explain
 from compile_modes.graph.finding import sites
 from compile_modes.graph.rewrite import Report, set_mode
 from compile_modes.graph.sites import Site
+from compile_modes.warming.background import Warmup
+from compile_modes.warming.warmup import warmup
 
 __version__ = "0.1.0"  # the only place; packaging reads it from here
 
@@ -52,6 +53,7 @@ __all__ = [
     "Site",
     "VerifyError",
     "VerifyReport",
+    "Warmup",
     "WarmupError",
     "allow_exported_model_train_eval",
     "bake",

@@ -15,6 +15,7 @@ FLOORS = [
     {"graph"},
     {"archive", "forms"},
     {"exported", "backend"},
+    {"warming"},
     {"cli", "__init__"},
     {"__main__"},
 ]

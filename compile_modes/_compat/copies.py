@@ -36,7 +36,7 @@ class Copying:
 
     def copy(self, module: nn.Module, memo: dict[int, Any]) -> Any:
         copied = self.inner(module, memo)
-        context = _context(module._compiled_call_impl)
+        context = context_of(module._compiled_call_impl)
         if context is not None:  # compiled in place, which copies of torch's forget
             copied._compiled_call_impl = context(copied._call_impl)
         return copied
@@ -47,7 +47,7 @@ def _copy_compiled(wrapper: Any, memo: dict[int, Any]) -> Any:
     return wrapper.dynamo_ctx(copy.deepcopy(wrapper._orig_mod, memo))
 
 
-def _context(compiled: Any) -> Any:
+def context_of(compiled: Any) -> Any:
     """The context of a function that ``torch.compile`` has returned; None if it is no such function."""
     while compiled is not None:
         code = getattr(compiled, "__code__", None)

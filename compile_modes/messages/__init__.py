@@ -22,6 +22,7 @@ from compile_modes.messages.entry import CATALOGUE as CATALOGUE
 from compile_modes.messages.entry import WARNED as WARNED
 from compile_modes.messages.entry import Error as Error
 from compile_modes.messages.entry import Message as Message
+from compile_modes.messages.entry import Place as Place
 from compile_modes.messages.entry import Reason as Reason
 from compile_modes.messages.entry import Remark as Remark
 from compile_modes.messages.entry import Warn as Warn

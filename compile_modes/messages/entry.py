@@ -141,6 +141,25 @@ def warn(warning: ModeWarning) -> None:
     warnings.warn(warning, stacklevel=level)
 
 
+class Place:
+    """A line of the user's, to warn at later, from another thread."""
+
+    def __init__(self, file: str, line: int) -> None:
+        self.file, self.line = file, line
+
+    @classmethod
+    def of_caller(cls) -> "Place":
+        """The line that runs: the first above that is neither this package's nor torch's."""
+        frame = sys._getframe()
+        while frame.f_back is not None and _passed_over(frame.f_code.co_filename):
+            frame = frame.f_back
+        return cls(frame.f_code.co_filename, frame.f_lineno)
+
+    def warn(self, warning: ModeWarning) -> None:
+        """Gives a warning there."""
+        warnings.warn_explicit(warning, type(warning), self.file, self.line)
+
+
 def warn_once(warning: ModeWarning, *about: Any) -> None:
     """Gives a warning that this process has not seen before, or not about the same things."""
     key = (str(warning), *about)

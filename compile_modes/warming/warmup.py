@@ -5,7 +5,7 @@ import difflib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from compile_modes.console import progress as progress_bar
 from compile_modes.errors import CompileModesError, summary
 from compile_modes.graph.requests import MODES, check_overrides, owner_matches
 from compile_modes.graph.snapshot import Snapshot
+from compile_modes.warming.background import Warmup, start
 
 Mode = str | Mapping[str, str]
 Grad = bool | str  # True, False or "inference"
@@ -25,14 +26,43 @@ _GRADS: tuple[Grad, ...] = (True, False, "inference")
 _DEFAULT_GRADS: dict[bool, tuple[Grad, ...]] = {True: (True,), False: (False,)}
 
 
+Modes = Mode | Sequence[Mode]
+Grads = Grad | Sequence[Grad] | Mapping[str, Grad | Sequence[Grad]]
+
+
+@overload
 def warmup(
     module: nn.Module,
     *args: Any,
-    modes: Mode | Sequence[Mode] = ("train", "eval"),
-    grad: Grad | Sequence[Grad] | Mapping[str, Grad | Sequence[Grad]] | None = None,
+    modes: Modes | None = None,
+    grad: Grads | None = None,
     kwargs: Mapping[str, Any] | None = None,
     progress: bool = True,
-) -> int:
+    background: Literal[False] = False,
+) -> int: ...
+
+
+@overload
+def warmup(
+    module: nn.Module,
+    *args: Any,
+    modes: Modes | None = None,
+    grad: Grads | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    background: Literal[True],
+) -> Warmup: ...
+
+
+def warmup(
+    module: nn.Module,
+    *args: Any,
+    modes: Modes | None = None,
+    grad: Grads | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    background: bool = False,
+) -> int | Warmup:
     """Compiles a compiled module in all the modes that it will be used in, so that no later call stalls.
 
     The module is called once per mode and grad mode, under the ambient autocast; with grad, a backward pass through
@@ -48,29 +78,44 @@ def warmup(
     Calls with other shapes or dtypes, under other autocast settings, or with inputs that require grad where these
     don't, compile again.
 
+    In the background, a child process of low priority warms up a copy instead, with one compiler at a time. Its code
+    goes into torch's cache on disk when all of it is complete, and the first call here finds it there: what remains
+    to be done then is Dynamo's tracing. The module, its classes and the arguments must be such that Python's pickle can
+    take them to another process, by names that can be imported there: nothing of ``__main__``.
+
     Args:
         module: an ``OptimizedModule``, a module compiled in place, or one that contains such modules; any backend.
         args: what it will be called with.
         modes: ``"train"`` and ``"eval"`` call ``train()`` and ``eval()``; ``"current"`` keeps the flags as they are;
             a mapping ``{glob of names in named_modules(): "train" | "eval"}`` changes the flags of the modules that it
             names (first match wins; ``""`` is the root, and ``"layer1"`` does not reach below itself). Frozen layers in
-            training are ``{"layer1*": "eval", "*": "train"}``.
+            training are ``{"layer1*": "eval", "*": "train"}``. None stands for both; in the background, for the one of
+            them that ``module`` isn't in, since the caller is about to compile the other.
         grad: which grad modes to compile: True, False (``no_grad``), ``"inference"`` (``inference_mode``), several of
             them, or a mapping of ``"train"`` and ``"eval"``, the mode of the root, to these. None stands for
             ``{"train": True, "eval": False}``.
         kwargs: keyword arguments of the call.
         progress: whether to show a progress bar, if rich is installed.
+        background: whether to leave it to a child process, and to return at once.
 
     Returns:
-        How many graphs were compiled.
+        How many graphs were compiled; in the background, a :class:`compile_modes.Warmup`.
 
     Raises:
-        WarmupError: nothing in ``module`` is compiled, its parameters are not initialised yet, or a call raised.
+        WarmupError: nothing in ``module`` is compiled, its parameters are not initialised yet, or a call raised; or it
+            can't be taken to another process.
         OptionError: ``modes`` or ``grad`` is not usable.
         OverrideError: a glob matches no module.
+
+    Warns:
+        ModeWarning: the warm-up in the background has failed, with the reason.
     """
     _check(module)
+    if modes is None:
+        modes = tuple(mode for mode, training in MODES.items() if not background or training != module.training)
     steps = _steps(module, modes, grad)
+    if background:
+        return start(module, args, {"modes": modes, "grad": grad, "kwargs": kwargs})
     before = graphs_compiled()
     snapshot = Snapshot(module, (args, kwargs))
 
