@@ -4,7 +4,8 @@
 
 That is what a warm start pays, where Inductor's caches have the rest. "follows the flags" is the backend without
 options, which captures a graph only where a form has work in it; "forced" has a model that trains put into eval by
-``training``, for which every graph is captured and rewritten. CPU time, medians; a share is our time over what is left without it.
+``training``, for which every graph is captured and rewritten. CPU time, medians; a share is our time over what is left
+without it.
 """
 
 import argparse

@@ -43,7 +43,7 @@ def test_what_a_misspelt_option_says(no_inductor):
         """\
 CM122: 'overides' is an option neither of pt2e_modes nor of Inductor
   where: options
-  what to do: did you mean 'overrides'?""",
+  what to do: did you mean 'overrides', 'modes'?""",
     )
 
 
