@@ -1,29 +1,17 @@
 """How a module that came from ``torch.export`` is called: the names of its inputs, and its check of them."""
 
 import sys
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
-from torch._dynamo.eval_frame import skip_code
 from torch.export._unlift import _check_input_constraints_pre_hook
 from torch.export.unflatten import UnflattenedModule
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
 from compile_modes._compat import GUARDS
-
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def not_a_frame(function: _F) -> _F:
-    """Has Dynamo trace through a function where compiled code calls it, and not compile it where eager code does.
-
-    Hooks of a compiled module run ahead of what is compiled; Dynamo would compile each as a frame of its own.
-    """
-    skip_code(function.__code__)
-    return function
+from compile_modes._compat.direct_calls import not_a_frame as not_a_frame
 
 
 class Inputs(NamedTuple):

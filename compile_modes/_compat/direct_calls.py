@@ -25,8 +25,11 @@ _TAKEN = ("self", "torch", _ARGUMENTS)
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def _not_a_frame(function: _F) -> _F:
-    """Has Dynamo trace through a function, and not compile it by itself."""
+def not_a_frame(function: _F) -> _F:
+    """Has Dynamo trace through a function where compiled code calls it, and not compile it where eager code does.
+
+    Hooks of a compiled module run ahead of what is compiled; Dynamo would compile each as a frame of its own.
+    """
     skip_code(function.__code__)
     return function
 
@@ -138,13 +141,9 @@ def call_directly(module: Any, arguments: Names) -> bool:
     Returns:
         Whether that could be done.
     """
-    generator, names = module.graph._codegen, {*arguments.positional, *arguments.keywords, *arguments.order}
-    usable = all(name.isidentifier() and not keyword.iskeyword(name) and name not in _TAKEN for name in names)
-    if (
-        type(generator) not in (_PyTreeCodeGen, DirectCodeGen)
-        or not usable
-        or any(name.startswith("_") for name in names)
-    ):
+    generator = module.graph._codegen
+    names = {*arguments.positional, *arguments.keywords, *arguments.order, *arguments.defaults}
+    if type(generator) not in (_PyTreeCodeGen, DirectCodeGen) or not all(map(_is_usable, names)):
         return False
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key, hook in list(hooks.items()):
@@ -167,7 +166,7 @@ def is_direct(module: fx.GraphModule) -> bool:
     return isinstance(module.graph._codegen, DirectCodeGen)
 
 
-@_not_a_frame
+@not_a_frame
 def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
     """``__call__`` of a module that is called directly: Python itself binds names, and says little of those it can't.
 
