@@ -161,7 +161,8 @@ def take_names(module: nn.Module, forward: inspect.Signature | None = None) -> N
             this process knows the class. Needed for arguments by position that were exported by name.
     """
     found = calling.inputs(module)
-    if found is None or calling.before_calls(module, Arguments) is not None:
+    direct = isinstance(module, fx.GraphModule) and direct_calls.is_direct(module)
+    if found is None or direct or calling.before_calls(module, Arguments) is not None:
         return
     forward = forward or _signature_of_class(module)
     order, defaults = found.positional, {}

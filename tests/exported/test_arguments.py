@@ -331,3 +331,10 @@ def test_a_graph_that_knows_no_names_is_left_alone():
     assert cm.bind(traced) is traced
     assert len(traced._forward_pre_hooks) == hooks
     assert "__signature__" not in vars(traced)
+
+
+def test_binding_again_generates_no_code_again():
+    module = bind(Net(), (X, Y))
+    generated = type(module).forward
+    assert cm.bind(module) is module
+    assert type(module).forward is generated
