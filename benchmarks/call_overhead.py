@@ -76,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--owners", type=int, nargs="+", default=[1, 100, 1000])
     parser.add_argument("--repeats", type=int, default=40)
-    arguments = options(parser)
+    arguments = options(parser, plots=True)
     figures = {str(count): measured(count, arguments.repeats) for count in arguments.owners}
     rows = [[count, *(f"{own[c]:.{2 if c == 'ratio' else 1}f}" for c in COLUMNS)] for count, own in figures.items()]
     print(markdown(["owners", *COLUMNS], rows))

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
@@ -31,12 +32,14 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def options(parser: argparse.ArgumentParser, *packages: str) -> argparse.Namespace:
-    """Parses the command line, with what all benchmarks take; prints the header, and stays in one thread."""
+def options(parser: argparse.ArgumentParser, *packages: str, plots: bool = False) -> argparse.Namespace:
+    """Parses the command line, with what all benchmarks take; prints the header, and stays in one thread, silent."""
     parser.add_argument("--json", metavar="FILE", help="where to write all figures")
-    parser.add_argument("--plot", metavar="FILE", help="where to draw them, as a PNG; needs matplotlib")
+    if plots:
+        parser.add_argument("--plot", metavar="FILE", help="where to draw them, as a PNG; needs matplotlib")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     arguments.versions = versions(*packages)
     print(", ".join(f"{name} {version}" for name, version in arguments.versions.items()), flush=True)
     return arguments
@@ -53,7 +56,7 @@ def finish(arguments: argparse.Namespace, figures: Any, draw: Callable[[Any], No
     if arguments.json:
         with open(arguments.json, "w") as file:
             json.dump({"versions": arguments.versions, "figures": figures}, file, indent=2)
-    if arguments.plot and draw is not None:
+    if draw is not None and arguments.plot:
         pyplot = __import__("matplotlib.pyplot").pyplot
         figure, axes = pyplot.subplots(figsize=(7, 3), layout="constrained")
         draw(axes)

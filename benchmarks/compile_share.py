@@ -10,7 +10,6 @@ without it.
 
 import argparse
 import time
-import warnings
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -72,8 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["resnet50", "bert"])
     parser.add_argument("--repeats", type=int, default=5)
-    arguments = options(parser, "torchvision", "transformers")
-    warnings.simplefilter("ignore")
+    arguments = options(parser, "torchvision", "transformers", plots=True)
     figures: dict[str, dict[str, float]] = {}
     for name in arguments.models:
         model, x = build(name)

@@ -7,15 +7,13 @@ One process, one thread, random weights, 224 px. Contenders are called in turn; 
 """
 
 import argparse
-import json
 import math
-import warnings
 from statistics import median
 from typing import Any
 
 import torch
 
-from benchmarks.common import markdown, short, versions
+from benchmarks.common import finish, markdown, options, short
 from benchmarks.eval_models import MODELS, build, contenders, settle, timed
 
 NAMES = ("eager", "stock", "freezing", "auto", "strict")
@@ -58,12 +56,8 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--json")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
+    arguments = options(parser, "torchvision")
     figures = {}
-    print(", ".join(f"{name} {version}" for name, version in versions("torchvision").items()))
     with torch.no_grad():
         for name in arguments.models:
             for batch in arguments.batches:
@@ -74,9 +68,7 @@ def main() -> None:
     for batch in arguments.batches:
         means = f"{mean(figures, batch, 'stock')} over stock, {mean(figures, batch, 'freezing')} over freezing"
         print(f"geometric means, batch {batch}: auto is {means}")
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump({"versions": versions("torchvision"), "figures": figures}, file, indent=2)
+    finish(arguments, figures)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,7 @@ Both are taken in turn, in one process and one thread. Medians of CPU time, and 
 """
 
 import argparse
-import json
 import time
-import warnings
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import compile_modes as cm
-from benchmarks.common import markdown, versions
+from benchmarks.common import finish, markdown, options
 
 COLUMNS = ("two stock exports, s", "exports", "cm.export, ratio", "without verify, ratio")
 
@@ -96,17 +94,11 @@ def measured(build: Callable[[], nn.Module], repeats: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
+    arguments = options(parser)
     figures = {name: measured(build, arguments.repeats) for name, build in MODELS.items()}
-    print(", ".join(f"{name} {version}" for name, version in versions().items()))
     rows = [[name, *(f"{figures[name][c]:.3g}" for c in COLUMNS)] for name in MODELS]
     print(markdown(("model", *COLUMNS), rows))
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump({"versions": versions(), "figures": figures}, file, indent=2)
+    finish(arguments, figures)
 
 
 if __name__ == "__main__":

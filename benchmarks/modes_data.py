@@ -12,11 +12,9 @@ options (Dynamo compiles 8, then runs in eager mode), with ``mode_vectors`` (all
 
 import argparse
 import copy
-import json
 import tempfile
 import time
 import types
-import warnings
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -26,7 +24,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
-from benchmarks.common import markdown, versions
+from benchmarks.common import finish, markdown, options
 
 COLUMNS = ["model", "", "guards, us", "data, us", "of guards"]
 
@@ -127,11 +125,11 @@ def vectors(count: int) -> dict[str, dict[str, float]]:
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randint(0, 2, (count, 6), generator=generator).bool().tolist()
     found = {}
-    for name, options in {"guards": {}, "mode_vectors": {"mode_vectors": 64}, "data": {"modes": "data"}}.items():
+    for name, asked in {"guards": {}, "mode_vectors": {"mode_vectors": 64}, "data": {"modes": "data"}}.items():
         torch._dynamo.reset()
         counters.clear()
         model, x = MLP(64), torch.randn(32, 64)
-        call = torch.compile(model, backend="pt2e_modes", options=options)
+        call = torch.compile(model, backend="pt2e_modes", options=asked)
         drops = [module for module in model.modules() if isinstance(module, nn.Dropout)]
         with tempfile.TemporaryDirectory() as folder, fresh_cache(dir=folder):
             start = time.perf_counter()
@@ -148,11 +146,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=31)
     parser.add_argument("--vectors", type=int, default=64)
     parser.add_argument("--no-vectors", action="store_true")
-    parser.add_argument("--json")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    print(", ".join(f"{name} {version}" for name, version in versions("transformers").items()))
+    arguments = options(parser, "transformers")
     figures: dict[str, Any] = {}
     rows = []
     for name, (make, x) in MODELS.items():
@@ -167,9 +161,7 @@ def main() -> None:
         rows = [[name, f"{own['graphs']}", f"{own['seconds']:.1f}"] for name, own in found.items()]
         print(f"\n{arguments.vectors} random vectors, {distinct} of them distinct\n")
         print(markdown(["", "graphs compiled", "all calls, s"], rows))
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump({"versions": versions("transformers"), "figures": figures}, file, indent=2)
+    finish(arguments, figures)
 
 
 if __name__ == "__main__":

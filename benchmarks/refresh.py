@@ -9,13 +9,11 @@ the frozen form costs once, compiling included.
 """
 
 import argparse
-import json
-import warnings
 from statistics import median
 
 import torch
 
-from benchmarks.common import markdown, versions
+from benchmarks.common import finish, markdown, options
 from benchmarks.eval_models import MODELS, build, timed
 from compile_modes.forms.deploy.running import DEPLOYED
 from compile_modes.forms.deploy.sets import RESTED
@@ -68,21 +66,15 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--json")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
+    arguments = options(parser, "torchvision")
     figures = {}
-    print(", ".join(f"{name} {version}" for name, version in versions("torchvision").items()))
     with torch.no_grad():
         for name in arguments.models:
             torch._dynamo.reset()
             figures[name] = measured(name, arguments.rounds, arguments.size)
     rows = [[name, *(f"{found[column]:.3g}" for column in COLUMNS[1:])] for name, found in figures.items()]
     print(markdown(list(COLUMNS), rows))
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump({"versions": versions("torchvision"), "figures": figures}, file, indent=2)
+    finish(arguments, figures)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import argparse
 import copy
 import functools
 import time
-import warnings
 from collections.abc import Callable
 from statistics import median
 
@@ -87,8 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["cnn", "resnet18", "bert"])
     parser.add_argument("--rounds", type=int, default=40)
-    arguments = options(parser, "torchvision")
-    warnings.simplefilter("ignore")
+    arguments = options(parser, "torchvision", plots=True)
     figures = {name: measured(name, arguments.rounds) for name in arguments.models}
     columns = [f"{mode}, {what}" for mode in MODES for what in ("ms", "of stock")]
     rows = [

@@ -12,9 +12,7 @@ Inductor keeps a copy in that layout of every convolution's weight, whatever the
 
 import argparse
 import copy
-import json
 import time
-import warnings
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -23,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.common import markdown, versions
+from benchmarks.common import finish, markdown, options
 
 MODELS = ("resnet18", "resnet50", "regnet_x_400mf", "mobilenet_v2", "efficientnet_b0")
 CONTENDERS = ("stock", "ours", "tune", "Inductor's pass")
@@ -144,11 +142,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--contiguous", action="store_true")
-    parser.add_argument("--json")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    print(", ".join(f"{name} {version}" for name, version in versions("torchvision").items()))
+    arguments = options(parser, "torchvision")
     layout = torch.contiguous_format if arguments.contiguous else torch.channels_last
     x = torch.randn(arguments.batch, 3, arguments.size, arguments.size, generator=torch.Generator().manual_seed(0))
     figures: dict[str, Any] = {}
@@ -158,9 +152,7 @@ def main() -> None:
         figures[name] = measured(name, arguments.repeats, x, layout)
         rows += [row(name, contender, figures[name]) for contender in CONTENDERS]
         print(markdown(["model", "", *COLUMNS], rows[-len(CONTENDERS) :]), flush=True)
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump({"versions": versions("torchvision"), "figures": figures}, file, indent=2)
+    finish(arguments, figures)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from nets import (
     Attention,
     ConvNet,
     Norms,
+    Parent,
     Recurrent,
     Regions,
     UnusedNorm,
@@ -44,6 +45,20 @@ def nets(*names: str) -> list[Any]:
 def compile_(module: nn.Module, **options: Any) -> Any:
     """Compiled under the backend, with its options."""
     return torch.compile(module, backend="pt2e_modes", options=options or None)
+
+
+def compiled_as(kind: str, model: nn.Module, x: Any) -> Any:
+    """Compiled in one of the ways: "bound", "in place", "forward", "nested"; or "stock", without our backend."""
+    if kind == "bound":
+        model = cm.bind(torch.export.export(model, (x,)))
+    if kind == "in place":
+        model.compile(backend="pt2e_modes")
+        return model
+    if kind == "forward":
+        model.forward = torch.compile(model.forward, backend="pt2e_modes")  # type: ignore[method-assign]
+        return model
+    call = torch.compile(model, backend="inductor" if kind == "stock" else "pt2e_modes")
+    return Parent(call) if kind == "nested" else call
 
 
 def export(model: nn.Module, *args: Any) -> torch.export.ExportedProgram:

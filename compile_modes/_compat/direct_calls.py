@@ -134,6 +134,8 @@ class DirectCodeGen(_PyTreeCodeGen):
 def call_directly(module: Any, arguments: Names) -> bool:
     """Lets calls of a module go straight to its graph, if all arguments are leaves and the graph checks their sizes.
 
+    That takes effect when its code is generated again.
+
     Args:
         module: a GraphModule that came from ``torch.export``. Its hooks go, which check inputs and let them be modules.
         arguments: its arguments.
@@ -156,14 +158,18 @@ def call_directly(module: Any, arguments: Names) -> bool:
                 ):
                     kinds.pop(key, None)
     module.graph.set_codegen(DirectCodeGen(generator.pytree_info, arguments))
-    module.recompile()
-    enter_directly(module)
     return True
 
 
 def is_direct(module: fx.GraphModule) -> bool:
     """Whether a module's ``forward`` takes its arguments itself."""
     return isinstance(module.graph._codegen, DirectCodeGen)
+
+
+def is_stale(module: fx.GraphModule) -> bool:
+    """Whether the code of a module was generated before :func:`call_directly`."""
+    known: Any = type(module).forward.__globals__.get(_ARGUMENTS)
+    return isinstance(module.graph._codegen, DirectCodeGen) and known is not module.graph._codegen.arguments
 
 
 @not_a_frame

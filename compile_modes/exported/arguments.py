@@ -188,6 +188,9 @@ class _Copied:
 
     def __call__(self, copied: nn.Module) -> None:
         _install(copied, replace(self.arguments, checked=False))
+        if isinstance(copied, fx.GraphModule) and direct_calls.is_stale(copied):
+            copied.recompile()
+            direct_calls.enter_directly(copied)
 
 
 def _install(module: nn.Module, arguments: Arguments) -> None:

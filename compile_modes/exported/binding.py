@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from compile_modes import _compat, messages
-from compile_modes._compat import copies
+from compile_modes._compat import copies, direct_calls
 from compile_modes.errors import CompileModesError, ModeWarning
 from compile_modes.exported import planning
 from compile_modes.exported.arguments import take_names
@@ -95,8 +95,8 @@ def bind_root(
         raise
     if own(view):
         plan = planning.plan_binding(View(root), keep, dropout_p, gone, decomposed=recomposed.decomposed)
+    take_names(root)  # first: carrying out generates the code
     carry_out(plan)
-    take_names(root)
     trains = any(plan.modes.values()) or any(site.training for site in plan.kept)
     if recomposed.decomposed:
         remarks = remark(View(root), program, trains)
@@ -132,6 +132,8 @@ def carry_out(plan: planning.Plan) -> None:
         module.__dict__.pop("eval", None)
     if isinstance(root, fx.GraphModule):
         copies.copy_compiled(root)
+    if isinstance(root, fx.GraphModule) and direct_calls.is_stale(root):
+        edited.add(root)
     for module in edited:
         _compat.refresh(module)
 

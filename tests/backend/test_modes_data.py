@@ -302,6 +302,17 @@ class Counting(nn.Dropout):
         return 1 if self.training else 2
 
 
+def _after_a_graph_break(m, y):
+    torch._dynamo.graph_break()
+    return m.again(m.linear(y))
+
+
+def _in_a_region(m, y):
+    with torch.no_grad():
+        z = m.again(m.linear(y))
+    return y + z
+
+
 @pytest.mark.usefixtures("no_inductor")
 @pytest.mark.filterwarnings("ignore::compile_modes.ModeWarning")
 class TestGuarded:
@@ -381,25 +392,9 @@ class TestGuarded:
             eager.train(mode)
             same_as_eager(call, model, eager)
 
-    def test_graph_breaks(self):
-        def breaks(m, y):
-            torch._dynamo.graph_break()
-            return m.again(m.linear(y))
-
-        model = Then(breaks)
-        model.again = nn.Dropout(0.2)
-        call = compiled(model)
-        for vector in itertools.product([0, 1], repeat=2):
-            put(model, vector)
-            same_as_eager(call, model, model)
-
-    def test_regions(self):
-        def region(m, y):
-            with torch.no_grad():
-                z = m.again(m.linear(y))
-            return y + z
-
-        model = Then(region)
+    @pytest.mark.parametrize("again", [_after_a_graph_break, _in_a_region])
+    def test_graph_breaks_and_regions(self, again):
+        model = Then(again)
         model.again = nn.Dropout(0.2)
         call = compiled(model)
         for vector in itertools.product([0, 1], repeat=2):

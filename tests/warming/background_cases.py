@@ -20,7 +20,8 @@ import compile_modes as cm
 from compile_modes._compat import finding, recipes
 from compile_modes.warming import background, publishing
 from graphs import graphs_compiled
-from nets import IMAGE, VECTORS, ConvNet, Parent, Small
+from nets import IMAGE, VECTORS, ConvNet, Small
+from setups import compiled_as
 
 
 class FailsInEval(Small):
@@ -69,20 +70,6 @@ def train_step(call, x):
     call(x).square().sum().backward()
 
 
-def compiled(kind, model, x):
-    """A module compiled in one of the ways that there are."""
-    if kind == "bound":
-        model = cm.bind(torch.export.export(model, (x,)))
-    if kind == "in place":
-        model.compile(backend="pt2e_modes")
-        return model
-    if kind == "forward":
-        model.forward = torch.compile(model.forward, backend="pt2e_modes")
-        return model
-    call = torch.compile(model, backend="inductor" if kind == "stock" else "pt2e_modes")
-    return Parent(call) if kind == "nested" else call
-
-
 @pytest.mark.slow
 def test_the_other_mode_is_in_the_cache(cache):
     torch.manual_seed(1)
@@ -112,7 +99,7 @@ def test_the_other_mode_is_in_the_cache(cache):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bound", "in place", "forward", "nested", "stock"])
 def test_all_modes_of_all_kinds(kind, cache):
-    call = compiled(kind, ConvNet(), IMAGE)
+    call = compiled_as(kind, ConvNet(), IMAGE)
     generator = torch.get_rng_state()
     assert cm.warmup(call, IMAGE, modes=("train", "eval"), background=True).wait(600)
     assert torch.equal(generator, torch.get_rng_state())

@@ -16,8 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import compile_modes as cm
 from graphs import graphs_compiled
-from nets import IMAGE, ConvNet, Parent
+from nets import IMAGE, ConvNet
 from oracle import same_state
+from setups import compiled_as
 
 
 class Stateful(nn.Module):
@@ -69,21 +70,6 @@ def assert_same(before, after):
             assert a == b
 
 
-def make(kind):
-    """A module and what is called, compiled in one of the ways that there are."""
-    model = ConvNet()
-    if kind == "bound":
-        model = cm.bind(torch.export.export(model, (IMAGE,)))
-    if kind == "in place":
-        model.compile(backend="pt2e_modes")
-        return model
-    if kind == "forward":
-        model.forward = torch.compile(model.forward, backend="pt2e_modes")
-        return model
-    call = torch.compile(model, backend="pt2e_modes")
-    return Parent(call) if kind == "nested" else call
-
-
 def train_and_evaluate(call, steps=2):
     optimizer = torch.optim.SGD(call.parameters(), lr=0.1, momentum=0.9)
     outputs = []
@@ -104,9 +90,9 @@ def train_and_evaluate(call, steps=2):
 @pytest.mark.every(3)
 def test_training_compiles_nothing_more_and_is_the_same(kind, compiled):
     torch.manual_seed(1)
-    cold = make(kind)
+    cold = compiled_as(kind, ConvNet(), IMAGE)
     torch.manual_seed(1)
-    warm = make(kind)
+    warm = compiled_as(kind, ConvNet(), IMAGE)
     expected = (torch.manual_seed(2), train_and_evaluate(cold))[1]
     torch._dynamo.reset()
     compiled.forward = compiled.backward = 0
