@@ -13,22 +13,22 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import TracingContext
 from torch.nn.parallel import DistributedDataParallel
 
-from compile_modes._compat.frames import _frame_scope, source_name
+from compile_modes._compat.frames import source_name, value_of
 
 _TRAINING = "training"
 
 
 def flags_read() -> list[tuple[Any, nn.Module]]:
     """The source of each flag that is guarded, and the module whose ``training`` it is."""
-    scope = _frame_scope()
-    if scope is None:
+    try:
+        guards = InstructionTranslator.current_tx().output.guards
+    except AttributeError:  # no translation is in progress
         return []
     found: list[tuple[Any, nn.Module]] = []
-    for guard in InstructionTranslator.current_tx().output.guards:
+    for guard in guards:
         source = guard.originating_source
         if isinstance(source, AttrSource) and source.member == _TRAINING:
-            name: Any = source.base.name
-            module = eval(name() if callable(name) else name, scope)  # an expression that Dynamo generated for guards
+            module = value_of(source.base)
             if isinstance(module, nn.Module) and source not in [known for known, _ in found]:
                 found.append((source, module))
     return found

@@ -72,13 +72,18 @@ def pin_owner(placeholder: fx.Node) -> nn.Module | None:
 
 def holder(placeholder: fx.Node) -> nn.Module | None:
     """The live module that holds the parameter or buffer which Dynamo made a graph input; None if it is none."""
-    scope, source = _frame_scope(), getattr(placeholder, "_dynamo_source", None)
+    source = getattr(placeholder, "_dynamo_source", None)
     owner = getattr(getattr(source, "base", None), "base", None)  # module ._buffers ['running_mean']
-    if scope is None or not isinstance(owner, Source):
+    if _frame_scope() is None or not isinstance(owner, Source):
         return None
-    name: Any = owner.name
-    module = eval(name() if callable(name) else name, scope)  # an expression that Dynamo generated for its guards
+    module = value_of(owner)
     return module if isinstance(module, nn.Module) else None
+
+
+def value_of(source: Any) -> Any:
+    """What Dynamo has read from a source in the frame that it is compiling."""
+    name = source.name
+    return eval(name() if callable(name) else name, _frame_scope())  # an expression of its guards
 
 
 def _frame_scope() -> dict[str, Any] | None:

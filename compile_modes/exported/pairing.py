@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 from torch._ops import OpOverload
 
-from compile_modes.graph.effects import has_effect
+from compile_modes.graph.effects import has_effect, named_arguments
 from compile_modes.graph.finding import find
 from compile_modes.graph.ops import lookup
 from compile_modes.graph.owners import module_path
@@ -195,11 +195,10 @@ class _Walk:
     def arguments(self, side: int, node: fx.Node) -> Any:
         """All arguments of a call but its mode."""
         row = lookup(node.target)
-        kwargs = self.value(side, dict(node.kwargs))
         if not isinstance(node.target, OpOverload):
-            return self.value(side, node.args), kwargs
+            return self.value(side, node.args), self.value(side, dict(node.kwargs))
         schema = node.target._schema.arguments
-        given = dict(zip((a.name for a in schema), self.value(side, node.args), strict=False)) | kwargs
+        given = self.value(side, named_arguments(node))
         complete = {a.name: given.get(a.name, self.value(side, a.default_value)) for a in schema}
         if row is not None:
             complete.pop(row.flag or row.p or "", None)

@@ -22,7 +22,7 @@ from compile_modes import _compat
 from compile_modes.forms.saved_reads import written_values
 from compile_modes.graph import calls
 from compile_modes.graph.edits import insert_traced
-from compile_modes.graph.effects import has_effect, is_view
+from compile_modes.graph.effects import has_effect, is_view, named_arguments
 from compile_modes.graph.followed import followed_by_autograd
 from compile_modes.graph.sites import Site
 from compile_modes.graph.view import View
@@ -218,9 +218,7 @@ def _gains(node: fx.Node, user: fx.Node, followed: set[fx.Node], gaining: set[fx
 def arguments(node: fx.Node) -> dict[str, Any]:
     """What a node is called with, by the names of its schema, defaults included."""
     assert isinstance(node.target, OpOverload)
-    schema = node.target._schema.arguments
-    given = dict(zip((a.name for a in schema), node.args, strict=False)) | node.kwargs
-    return {a.name: a.default_value for a in schema} | given
+    return {a.name: a.default_value for a in node.target._schema.arguments} | named_arguments(node)
 
 
 def _fold(pair: Pair) -> None:
@@ -264,6 +262,6 @@ def _call_with(node: fx.Node, **changed: Any) -> None:
     """Changes arguments of a node, by the names of its schema."""
     assert isinstance(node.target, OpOverload)
     names = [argument.name for argument in node.target._schema.arguments]
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs | changed
+    given = named_arguments(node) | changed
     node.args = tuple(given.pop(name) for name in takewhile(set(given).__contains__, names))
     node.kwargs = given

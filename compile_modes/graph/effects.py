@@ -45,12 +45,18 @@ def has_effect(module: Any, node: fx.Node) -> bool:
     return _mutable(node.target) or _compat.draws_random_numbers(node.target) or node.is_impure()
 
 
+def named_arguments(node: fx.Node) -> dict[str, Any]:
+    """What a call of an overload is given, by the names of its schema."""
+    names = (argument.name for argument in cast(OpOverload, node.target)._schema.arguments)
+    return dict(zip(names, node.args, strict=False)) | node.kwargs
+
+
 def written_operands(node: fx.Node) -> list[Any]:
     """The operands that a node writes to by its schema; that of batch norm does not say so."""
     if not _mutable(node.target):
         return []
+    given = named_arguments(node)
     arguments = cast(OpOverload, node.target)._schema.arguments
-    given = dict(zip((a.name for a in arguments), node.args, strict=False)) | node.kwargs
     written = [given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
     return [value for item in written for value in (item if isinstance(item, list | tuple) else (item,))]
 
