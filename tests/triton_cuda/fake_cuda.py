@@ -154,16 +154,24 @@ def compile_fake(module: nn.Module, inputs: Sequence[torch.Tensor], **kwargs: An
 
 
 def _backward(forward: Program, names: Mapping[str, str], graph: GraphLowering, code: str) -> Program:
-    """Reads a backward, whose inputs are what the forward returned last, then the gradients of its outputs."""
+    """Reads a backward, whose inputs are what the forward returned last, then the gradients of its outputs.
+
+    A kept view of the module's state goes by the name of that state: which of the two the partitioner keeps depends on
+    who has made the graph, and costs the same.
+    """
     kept = [name for name in graph.graph_input_names if not name.startswith("tangents")]
     sources = forward.returns[len(forward.returns) - len(kept) :]
+    state = set(names.values())
+    called = dict(names)
     saved = {}
     for name, source in zip(kept, sources, strict=True):
         value = graph.graph_inputs[name]
-        saved[names.get(name, name)] = Saved(source, tuple(map(int, value.get_size())), value.get_dtype())
         if names.get(name, source) != source:
             raise Moved(f"the backward's input {names[name]} is not what the forward returned there, {source}")
-    return parse(code, names, graph.mutated_inputs, saved)
+        if source in state:
+            called[name] = source
+        saved[called.get(name, name)] = Saved(source, tuple(map(int, value.get_size())), value.get_dtype())
+    return parse(code, called, graph.mutated_inputs, saved)
 
 
 def _names(module: nn.Module, inputs: Sequence[torch.Tensor], arguments: Sequence[torch.Tensor]) -> list[str]:
