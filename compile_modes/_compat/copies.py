@@ -57,6 +57,13 @@ def context_of(compiled: Any) -> Any:
     return None
 
 
+def compiler_of(callback: Any) -> Any:
+    """What a context calls to compile, inside of what Dynamo has wrapped around it."""
+    while hasattr(callback, "_torchdynamo_orig_backend"):
+        callback = callback._torchdynamo_orig_backend
+    return callback
+
+
 def copy_compiled(module: fx.GraphModule) -> None:
     """Gives a GraphModule, which has a class of its own, and all copies of it copies that are compiled as they are."""
     kind: Any = type(module)

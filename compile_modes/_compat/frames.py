@@ -20,6 +20,8 @@ from torch._dynamo.utils import counters
 from torch._guards import Source
 from torch.utils import _pytree as pytree
 
+from compile_modes._compat.copies import compiler_of
+
 _waiting: "weakref.WeakKeyDictionary[nn.Module, set[Any]]" = weakref.WeakKeyDictionary()  # checks to be run after calls
 
 
@@ -240,9 +242,7 @@ def at_compilations(callback: Callable[[Any], None]) -> None:
 
 def options_for(backend: Callable[..., Any]) -> dict[str, Any] | None:
     """The options of the running call of a module that is compiled by ``backend``; None for others."""
-    for compiler in _callbacks(_compiled_call()):
-        while hasattr(compiler, "_torchdynamo_orig_backend"):
-            compiler = compiler._torchdynamo_orig_backend
+    for compiler in map(compiler_of, _callbacks(_compiled_call())):
         if getattr(compiler, "compiler_fn", None) is backend:
             options: dict[str, Any] | None = compiler.kwargs.get("options")
             return options

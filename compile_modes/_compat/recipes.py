@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compile_modes._compat.copies import context_of
+from compile_modes._compat.copies import compiler_of, context_of
 
 _COMPILED = torch._dynamo.OptimizedModule
 
@@ -44,9 +44,7 @@ def of_function(function: Any) -> dict[str, Any] | None:
 
 
 def _recipe(context: Any) -> dict[str, Any]:
-    compiler = context.callback
-    while hasattr(compiler, "_torchdynamo_orig_backend"):
-        compiler = compiler._torchdynamo_orig_backend
+    compiler = compiler_of(context.callback)
     how: dict[str, Any] = {"fullgraph": context.fullgraph, "dynamic": compiler.dynamic}
     if isinstance(compiler, torch._TorchCompileInductorWrapper):  # its config holds what mode and options ask for
         return how | {"backend": "inductor", "options": dict(compiler.config) or None}

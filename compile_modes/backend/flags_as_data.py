@@ -146,9 +146,7 @@ class _Reads:
             if code in _FORWARDS:
                 found.dropouts.add(code)
             elif code in graphs:
-                found.graphs += [
-                    m for m in everything if isinstance(m, fx.GraphModule) and type(m).forward.__code__ == code
-                ]
+                found.graphs += graphs[code]
             else:
                 own, other = flag_guards.touches_flag(code)
                 if other or (own and code not in methods):

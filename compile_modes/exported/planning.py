@@ -127,12 +127,11 @@ def _kept(found: list[Site], keep: Sequence[str], other_owners: set[str]) -> set
 def _with_statistics(view: View) -> set[str]:
     """The modules whose buffers are statistics of an op, in whatever form."""
     found = set()
-    for body in view.bodies:
-        for node in body.graph.nodes:
-            row = lookup(node.target)
-            if row is not None and row.stats:
-                paths = (view.state[operand] for operand in node.all_input_nodes)
-                found |= {path.rpartition(".")[0] for path in paths if path is not None}
+    for node in view.nodes():
+        row = lookup(node.target)
+        if row is not None and row.stats:
+            paths = (view.state[operand] for operand in node.all_input_nodes)
+            found |= {path.rpartition(".")[0] for path in paths if path is not None}
     return found
 
 

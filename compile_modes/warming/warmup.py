@@ -16,6 +16,7 @@ from compile_modes._compat.cache import is_compiled
 from compile_modes._compat.frames import graphs_compiled
 from compile_modes.console import progress as progress_bar
 from compile_modes.errors import CompileModesError, summary
+from compile_modes.exported.observing import plain
 from compile_modes.graph.requests import MODES, check_overrides, owner_matches
 from compile_modes.graph.snapshot import Snapshot
 from compile_modes.warming.background import Warmup, start
@@ -208,7 +209,7 @@ def _check(module: nn.Module) -> None:
 def _named_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """All modules with their names as the user knows them, without what torch.compile wraps around modules."""
     for name, submodule in module.named_modules():
-        yield ".".join(part for part in name.split(".") if part != "_orig_mod"), submodule
+        yield plain(name), submodule
 
 
 def _set_modes(module: nn.Module, mode: Mode) -> None:
