@@ -58,6 +58,7 @@ _ENDS = frozenset(
         aten.adaptive_avg_pool2d.default, aten.max_pool2d.default, aten.detach.default,
     }
 )  # fmt: skip
+_RELUS = frozenset({aten.relu.default, aten.relu_.default})
 # These read their input from memory, so that stock keeps it beside the input of the norm.
 _READS_INPUT = frozenset({*_CHANNELS, aten.matmul.default})
 
@@ -245,6 +246,30 @@ def _fold(pair: Pair) -> None:
     (value,) = insert_traced(site.node, site.node, shifted, [linear, bias])
     site.node.replace_all_uses_with(value)
     site.node.graph.erase_node(site.node)
+    _pool_first(value)
+
+
+def _pool_first(value: fx.Node) -> None:
+    """Puts a ReLU of a value behind the max pool that alone takes it: the same results and gradients, less work.
+
+    The largest of a window is the same before and after a ReLU, which keeps order; where it is not above zero, no
+    gradient passes either way. What is kept of the ReLU for the backward pass shrinks with it, to nothing where the
+    next op keeps its result. Stock has the input of the norm, to compute everything from, and needs no mask.
+    """
+    relu = _only_user(value)
+    pool = relu and _only_user(relu)
+    if relu is None or pool is None or relu.target not in _RELUS or pool.target is not aten.max_pool2d.default:
+        return
+    with pool.graph.inserting_after(pool):
+        after = pool.graph.call_function(aten.relu.default, (pool,))
+    after.meta = dict(pool.meta)
+    pool.replace_all_uses_with(after, delete_user_cb=lambda user: user is not after)
+    pool.replace_input_with(relu, value)
+    pool.graph.erase_node(relu)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _products(given: Mapping[str, torch.Tensor], channels: int, eps: float) -> tuple[torch.Tensor, torch.Tensor]:

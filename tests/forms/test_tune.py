@@ -72,6 +72,19 @@ def without_bias():
     return Net(nn.Conv2d(3, 4, 3, bias=False), norm)
 
 
+def pooled(x):
+    return torch.tanh(F.max_pool2d(F.relu(x), 3, stride=2, padding=1, ceil_mode=True))
+
+
+def pooled_in_place(x):
+    return torch.tanh(F.max_pool2d(F.relu(x, inplace=True), 2))
+
+
+def pooled_and_used(x):
+    x = F.relu(x)
+    return torch.tanh(F.max_pool2d(x, 2)).mean() + torch.tanh(x)
+
+
 IMAGE, WIDE = (4, 3, 8, 8), (4, 3, 16)
 FOLDED = {
     "conv2d": (lambda: Net(nn.Conv2d(3, 4, 3, padding=1, stride=2), nn.BatchNorm2d(4, eps=1e-3)), IMAGE, 1),
@@ -80,6 +93,9 @@ FOLDED = {
     "same-padding": (lambda: Net(nn.Conv2d(3, 4, 3, padding="same", dilation=2), nn.BatchNorm2d(4)), IMAGE, 1),
     "groups": (lambda: Net(nn.Conv2d(3, 6, 3, groups=3), nn.BatchNorm2d(6)), IMAGE, 1),
     "in-place": (lambda: Net(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True)), IMAGE, 1),
+    "pooled": (lambda: Net(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), pooled), IMAGE, 1),
+    "pooled-in-place": (lambda: Net(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), pooled_in_place), IMAGE, 1),
+    "pooled-and-used": (lambda: Net(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), pooled_and_used), IMAGE, 1),
     "conv1d": (lambda: Net(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4)), WIDE, 1),
     "conv3d": (lambda: Net(nn.Conv3d(3, 4, 3), nn.BatchNorm3d(4)), (2, 3, 6, 6, 6), 1),
     "transposed": (lambda: Net(nn.ConvTranspose2d(3, 4, 3, stride=2), nn.BatchNorm2d(4)), IMAGE, 1),
@@ -465,6 +481,7 @@ BEHIND = {
     "avg_pool": lambda x, p: F.avg_pool2d(x, 2),
     "adaptive": lambda x, p: F.adaptive_avg_pool2d(x, 2),
     "max_pool": lambda x, p: F.max_pool2d(x, 2),
+    "relu-and-max_pool": lambda x, p: F.max_pool2d(F.relu(x), 2),
     "conv": lambda x, p: x,
     "matmul": lambda x, p: x @ x.transpose(-1, -2),
     "constant": lambda x, p: x * 2.0,
@@ -489,6 +506,33 @@ def test_it_gains_where_it_is_chosen(name, forms):
     stock, ours = saved_bytes(module, x), saved_bytes(module, x, tune=True)
     assert forms.folded() == (0 if name in NO_GAIN else 1), forms
     assert ours == stock if name in NO_GAIN else ours <= stock - 0.7 * 4 * 8 * 14 * 14 * 4
+
+
+@pytest.mark.usefixtures("_partitioned")
+@pytest.mark.parametrize("relu", [F.relu, F.relu_, torch.relu])
+def test_nothing_is_kept_of_a_relu_before_a_max_pool(relu, forms):
+    """Neither its mask, of 196 elements for each channel and image, nor anything of that size in its place."""
+
+    def pool(x):
+        return F.max_pool2d(x, 2)
+
+    module, plain = (settled(Behind(behind)) for behind in (lambda x, p: pool(relu(x)), lambda x, p: pool(x)))
+    x = torch.randn(4, 8, 16, 16)
+    assert saved_bytes(module, x, tune=True) == saved_bytes(plain, x, tune=True)
+    assert forms.folded() == 2
+
+
+def test_a_relu_behind_a_max_pool_is_exact_among_equal_values():
+    """Of each window, whether its values are above zero or not, and equal or not, the gradient has the same place."""
+    values = torch.randint(-2, 3, (4, 8, 16, 16)).float()
+    gradients = []
+    for run in (lambda x: F.max_pool2d(F.relu(x), 3, 2, 1), lambda x: F.relu(F.max_pool2d(x, 3, 2, 1))):
+        x = values.clone().requires_grad_()
+        result = run(x)
+        (result * torch.arange(result.numel()).view_as(result)).sum().backward()
+        gradients.append((result, x.grad))
+    for first, second in zip(*gradients, strict=True):
+        assert torch.equal(first, second)
 
 
 @pytest.mark.slow
