@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from compile_modes import messages
-from compile_modes._compat import settings
+from compile_modes._compat import settings, shapes_seen
 from compile_modes.errors import ModeWarning
 from compile_modes.warming.publishing import publish
 from compile_modes.warming.travel import pack
@@ -130,7 +130,8 @@ def start(module: nn.Module, args: Any, how: dict[str, Any]) -> Warmup:
     folder = _make_folder(Path(settings.cache_directory()) / _ROOM)
     try:
         (folder / "path.json").write_text(json.dumps([os.path.abspath(path) for path in sys.path]))
-        pack(module, {"args": args, "how": how, "settings": settings.settings()}, folder / "module")
+        request = {"args": args, "how": how, "settings": settings.settings(), "shapes": shapes_seen.seen(module)}
+        pack(module, request, folder / "module")
         private = folder / "cache"
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(private), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         environment["TRITON_CACHE_DIR"] = str(private / "triton")

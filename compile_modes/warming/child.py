@@ -32,12 +32,13 @@ def main(folder: Path, parent: int) -> None:
 
 
 def _compile(file: Path) -> int:
-    from compile_modes._compat import settings  # not before the parent is being watched
+    from compile_modes._compat import settings, shapes_seen  # not before the parent is being watched
     from compile_modes.warming.travel import unpack
     from compile_modes.warming.warmup import warmup
 
     module, request = unpack(file)
     settings.apply(request["settings"])
+    shapes_seen.remember(request["shapes"], module)
     with settings.autocast(request["settings"]):
         graphs: int = warmup(module, *request["args"], progress=False, **request["how"])
     return graphs

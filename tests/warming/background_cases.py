@@ -109,6 +109,23 @@ def test_all_modes_of_all_kinds(kind, cache):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("exported", [False, True], ids=["eager", "bound"])
+def test_a_size_that_has_changed_is_dynamic_in_the_child_too(exported, cache):
+    """As after a ragged last batch: eval compiles with a dynamic batch then, in the child as well."""
+    model = Small(4)
+    if exported:
+        batch = torch.export.Dim.DYNAMIC
+        model = cm.bind(torch.export.export(model, (VECTORS,), dynamic_shapes=({0: batch},)))
+    call = torch.compile(model, backend="pt2e_modes")
+    train_step(call, VECTORS)
+    train_step(call, VECTORS[:-1])
+    assert cm.warmup(call, VECTORS, background=True).wait(600)
+    counters.clear()
+    evaluate(call, VECTORS)
+    assert (hits("inductor"), hits("aot_autograd")) == ((1, 0), (1, 0))
+
+
+@pytest.mark.slow
 def test_settings_reach_the_child(cache):
     precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
     x = torch.randn(6, 3, 12, 12)
