@@ -10,6 +10,9 @@ from importlib import metadata
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
+
+MIB = 2**20
 
 
 def short(value: float) -> str:
@@ -25,6 +28,18 @@ def versions(*packages: str) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found | {"python": platform.python_version(), "cores": str(os.cpu_count())}
+
+
+def peak(run: Callable[[], Any]) -> int:
+    """The most bytes that something has allocated at once, by the profiler's record of allocations."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        run()
+    now = most = 0
+    for event in record.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

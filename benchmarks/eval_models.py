@@ -22,6 +22,8 @@ def build(name: str, size: int) -> nn.Module:
     with torch.no_grad():
         for _ in range(10):
             model.train()(torch.randn(4, 3, size, size))
+        for weight in (p for p in model.parameters() if p.ndim > 1 and not p.any()):  # the head of vit_b_16
+            nn.init.trunc_normal_(weight, std=0.02)
     return model.eval()
 
 

@@ -3,7 +3,8 @@
     python -m benchmarks.eval_speed [--models resnet18 mobilenet_v2] [--batches 1 8] [--rounds N] [--json FILE]
 
 One process, one thread, random weights, 224 px. Contenders are called in turn; medians. "auto" and "strict" are
-``options={"freeze": ...}``. The error is the largest difference from eager, relative to eager's largest output.
+``options={"freeze": ...}``. The error is the largest difference from eager, relative to eager's largest output. "peak"
+is what a call has allocated at once, "kept" what the constants of "auto" take beside the weights.
 """
 
 import argparse
@@ -13,11 +14,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import finish, markdown, options, short
+from benchmarks.common import MIB, finish, markdown, options, peak, short
 from benchmarks.eval_models import MODELS, build, contenders, settle, timed
+from compile_modes.forms.deploy.running import DEPLOYED
 
 NAMES = ("eager", "stock", "freezing", "auto", "strict")
-COLUMNS = ("model, batch", *(f"{name}, ms" for name in NAMES), "stock / auto", "freezing / auto", "error")
+COLUMNS = (
+    "model, batch", *(f"{name}, ms" for name in NAMES),
+    "stock / auto", "freezing / auto", "error", "peak of stock, MiB", "of auto", "kept, MiB",
+)  # fmt: skip
 
 
 def measured(name: str, batch: int, rounds: int, size: int) -> dict[str, Any]:
@@ -31,7 +36,9 @@ def measured(name: str, batch: int, rounds: int, size: int) -> dict[str, Any]:
     expected = calls["eager"][0](x)
     error = ((calls["auto"][0](x) - expected).abs().max() / expected.abs().max()).item()
     ms = {n: median(t) for n, t in times.items()}
-    return {"ms": ms, "first_calls_s": compile_s, "error": error}
+    peaks = {n: peak(lambda n=n: calls[n][0](x)) / MIB for n in ("stock", "auto")}  # type: ignore[misc]
+    kept = next(g.sets[0].nbytes for g in DEPLOYED if g.sets) / MIB
+    return {"ms": ms, "first_calls_s": compile_s, "error": error, "peaks": peaks, "kept": kept}
 
 
 def row(label: str, found: dict[str, Any]) -> list[str]:
@@ -42,6 +49,8 @@ def row(label: str, found: dict[str, Any]) -> list[str]:
         *(short(ms[name]) if ms[name] < 10 else f"{ms[name]:.1f}" for name in NAMES),
         *ratios,
         f"{found['error']:.0e}",
+        *(f"{own:.1f}" for own in found["peaks"].values()),
+        f"{found['kept']:.1f}",
     ]
 
 

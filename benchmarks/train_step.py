@@ -4,7 +4,8 @@
 
 Contenders: stock ``torch.compile`` and the backend on the eager model, the backend on a bound export, and the eager
 model. All are compiled in one process, then take turns in one thread. A train step is forward, backward and SGD. CPU
-time, medians; ratios are those to stock in the same turn.
+time, medians; ratios are those to stock in the same turn. "peak" is what a step has allocated at once, beside what
+stays: parameters, gradients and buffers.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import compile_modes as cm
-from benchmarks.common import bars, finish, markdown, options
+from benchmarks.common import MIB, bars, finish, markdown, options, peak
 
 CONTENDERS = ("stock", "ours", "bound", "eager")
 MODES = ("train", "eval")
@@ -79,6 +80,8 @@ def measured(name: str, rounds: int) -> dict[str, dict[str, float]]:
         for contender, own in times.items():
             ratios = [a / b for a, b in zip(own[3:], times["stock"][3:], strict=True)]
             found[contender] |= {f"{mode}, ms": median(own[3:]) * 1e3, f"{mode}, of stock": median(ratios)}
+            with torch.set_grad_enabled(mode == "train"):
+                found[contender][f"{mode}, peak MiB"] = peak(steps[contender]) / MIB
     return found
 
 
@@ -88,7 +91,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40)
     arguments = options(parser, "torchvision", plots=True)
     figures = {name: measured(name, arguments.rounds) for name in arguments.models}
-    columns = [f"{mode}, {what}" for mode in MODES for what in ("ms", "of stock")]
+    columns = [f"{mode}, {what}" for mode in MODES for what in ("ms", "of stock", "peak MiB")]
     rows = [
         [name, contender, *(f"{own[c]:.{3 if 'of' in c else 2}f}" for c in columns)]
         for name, found in figures.items()

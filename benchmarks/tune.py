@@ -12,6 +12,7 @@ Inductor keeps a copy in that layout of every convolution's weight, whatever the
 
 import argparse
 import copy
+import functools
 import time
 from collections.abc import Callable
 from statistics import median
@@ -19,14 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.common import finish, markdown, options
+from benchmarks.common import MIB, finish, markdown, options, peak
 
 MODELS = ("resnet18", "resnet50", "regnet_x_400mf", "mobilenet_v2", "efficientnet_b0")
 CONTENDERS = ("stock", "ours", "tune", "Inductor's pass")
 COLUMNS = ("saved, MiB", "of stock", "peak, MiB", "of stock", "step, ms", "of stock", "error of gradients")
-MIB = 2**20
 
 
 def build(name: str) -> nn.Module:
@@ -78,18 +77,6 @@ def saved(call: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> int:
     return sum(held.values())
 
 
-def peak(call: Callable[[Tensor], Tensor], x: Tensor) -> int:
-    """The most that a step has allocated at once, by the profiler's record of allocations."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        step(call, x)
-    now = most = 0
-    for event in record.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most
-
-
 def prepared(model: nn.Module, x: Tensor) -> dict[str, tuple[Callable[[Tensor], Tensor], nn.Module]]:
     calls = {}
     for contender in CONTENDERS:
@@ -116,7 +103,11 @@ def measured(name: str, repeats: int, x: Tensor, layout: torch.memory_format) ->
     found: dict[str, dict[str, float]] = {}
     for contender, (call, model) in calls.items():
         step(call, x)
-        found[contender] = {"error": error(model, eager), "saved": saved(call, model, x), "peak": peak(call, x)}
+        found[contender] = {
+            "error": error(model, eager),
+            "saved": saved(call, model, x),
+            "peak": peak(functools.partial(step, call, x)),
+        }
     for turn in range(repeats):
         for contender in list(calls)[:: -1 if turn % 2 else 1]:
             start = time.process_time()

@@ -2,11 +2,13 @@
 
 import copy
 import gc
+import warnings
 
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
+import compile_modes as cm
 from compile_modes.forms.deploy.running import DEPLOYED
 
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(7))
@@ -66,6 +68,14 @@ def agrees(call, model, *args, calls=5, tolerance=TOLERANCE):
         expected = copy.deepcopy(model)(*args)
         for number in range(calls):
             torch.testing.assert_close(call(*args), expected, rtol=tolerance, atol=tolerance, msg=f"call {number}")
+
+
+def says(call, model, *args, tolerance=1e-5, calls=5):
+    """Compares with eager, and returns what was warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", cm.ModeWarning)
+        agrees(call, model, *args, calls=calls, tolerance=tolerance)
+    return [str(w.message) for w in caught if issubclass(w.category, cm.ModeWarning)]
 
 
 def compiled():

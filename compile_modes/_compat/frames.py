@@ -172,7 +172,8 @@ def carry_placeholders(source: fx.Graph, target: fx.Graph) -> None:
     for before, after in zip(old, new, strict=True):
         after._rename(before.name)
         after.target = after.name
-        after.meta.update(before.meta)
+        # Not what Dynamo takes back at the end: it watches parameters, which torch then refuses to swap.
+        after.meta.update({key: value for key, value in before.meta.items() if key != "grapharg"})
         if hasattr(before, "_dynamo_source"):
             after._dynamo_source = before._dynamo_source
 

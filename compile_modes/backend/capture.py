@@ -1,5 +1,6 @@
 """From a Dynamo graph to the ATen graph that AOTAutograd would differentiate, before it does."""
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -227,10 +228,13 @@ class Retracer(fx.Interpreter):
         """Runs a dropout on an alias of its input, which is used elsewhere too.
 
         In eval it returns the tensor that it is given, and the tracer, which knows values by identity, would take later
-        uses of the input for uses of the result: wrong as soon as the dropout is put into train.
+        uses of the input for uses of the result: wrong as soon as the dropout is put into train. In a block without
+        gradients, too, what eval returns has the gradient of the input.
         """
         value = self.env[given]
-        self.env[given] = torch.ops.aten.alias.default(value)
+        cut = value.requires_grad and not torch.is_grad_enabled()
+        with torch.enable_grad() if cut else contextlib.nullcontext():
+            self.env[given] = torch.ops.aten.alias.default(value)
         result = super().run_node(n)
         self.env[given] = value
         return result

@@ -19,7 +19,7 @@ from compile_modes.backend.options import Options
 from compile_modes.backend.overrides import Asked, put_into_modes
 from compile_modes.backend.owners import Names, name_owners
 from compile_modes.backend.unreached import watch, watch_for
-from compile_modes.errors import CaptureError, few, summary
+from compile_modes.errors import CaptureError, ModeWarning, few, summary
 from compile_modes.forms.data import Inputs
 from compile_modes.forms.deploy.running import deploying
 from compile_modes.forms.lower import keyed, lower, lower_as_data
@@ -133,7 +133,7 @@ def _compile_either(
     logs.graph("rewritten", captured)
     try:
         return data.release(compile_fx(captured, [*example_inputs, *added.fakes]), added)
-    except _compat.CONTROL_FLOW:
+    except (*_compat.CONTROL_FLOW, ModeWarning):
         raise
     except Exception as error:  # Inductor's own; if the reason is not our stage, the second attempt raises it
         compiled = compile_fx(lower(gm, sites(gm)), example_inputs)

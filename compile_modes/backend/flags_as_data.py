@@ -23,11 +23,14 @@ from compile_modes.backend.owners import Names
 from compile_modes.errors import few
 from compile_modes.forms.data import Inputs, why_no_data
 from compile_modes.graph.finding import find
-from compile_modes.graph.flags import is_flag
+from compile_modes.graph.flags import Cell, is_flag
+from compile_modes.graph.followed import followed_by_autograd
 from compile_modes.graph.sites import Site
 from compile_modes.graph.view import View, attribute
 
+_CUT = "it is in a block without gradients, and eval hands its input on, with the gradient"
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_CELL = Cell.training.fget.__code__  # type: ignore[attr-defined]
 _FORWARDS = {kind.forward.__code__ for kind in _DROPOUTS}
 
 
@@ -77,7 +80,8 @@ def plan(captured: fx.GraphModule, found: Sequence[Site], names: Names) -> Plan:
     for source, module in flag_guards.flags_read():
         sources.setdefault(id(module), []).append(source)
     reads = _Reads.of(filter(None, modules.values()), bool(names.unclear)) if _is_whole(captured) else None
-    reasons = {site: _reason(site, module, sources, reads) for site, module in modules.items()}
+    cut = _cut_from_autograd(found)
+    reasons = {site: _CUT if site in cut else _reason(site, module, sources, reads) for site, module in modules.items()}
     stay = {id(module) for site, module in modules.items() if reasons[site]}
     for site, owner in modules.items():
         if owner is None or id(owner) in stay:
@@ -90,6 +94,13 @@ def plan(captured: fx.GraphModule, found: Sequence[Site], names: Names) -> Plan:
         decided.chosen[site] = decided.modules.index(owner)
     _tell(decided)
     return decided
+
+
+def _cut_from_autograd(found: Sequence[Site]) -> set[Site]:
+    """The sites in a block without gradients whose input has one: eval hands that input on, its gradient too."""
+    views = {id(site.body.view): site.body.view for site in found}
+    followed = set().union(*(followed_by_autograd(view.bodies) for view in views.values()))
+    return {s for s in found if s.node not in followed and any(n in followed for n in s.node.all_input_nodes)}
 
 
 def _is_whole(captured: fx.GraphModule) -> bool:
@@ -119,6 +130,7 @@ class _Reads:
         graphs: the exported modules whose code reads flags as its graph says.
         elsewhere: where code reads the flag of something, in words; empty if none does.
         dropouts: the forwards of dropout modules that were traced.
+        in_regions: the ids of modules whose flag the regions of exported modules read.
         unclear: whether exported modules could not be told apart.
     """
 
@@ -126,6 +138,7 @@ class _Reads:
     graphs: list[fx.GraphModule]
     elsewhere: str
     dropouts: set[Any]
+    in_regions: set[int]
     unclear: bool
 
     @classmethod
@@ -141,12 +154,14 @@ class _Reads:
         graphs: dict[Any, list[fx.GraphModule]] = {}
         for graph in (module for module in everything if isinstance(module, fx.GraphModule)):
             graphs.setdefault(type(graph).forward.__code__, []).append(graph)
-        found = cls(set(), [], "", set(), unclear)
+        found = cls(set(), [], "", set(), set(), unclear)
         for code in flag_guards.traced_code():
             if code in _FORWARDS:
                 found.dropouts.add(code)
             elif code in graphs:
                 found.graphs += graphs[code]
+            elif code is _CELL:
+                found.in_regions |= {id(cell.owner) for cell in everything if isinstance(cell, Cell)}
             else:
                 own, other = flag_guards.touches_flag(code)
                 if other or (own and code not in methods):
@@ -157,7 +172,7 @@ class _Reads:
 
     def are_known(self, module: nn.Module) -> bool:
         """Whether nothing but dropouts has got the flag of a module."""
-        if self.elsewhere or type(module) in self.classes:
+        if self.elsewhere or type(module) in self.classes or id(module) in self.in_regions:
             return False
         holders = [graph for graph in self.graphs if any(part is module for part in graph.modules())]
         if holders:  # which of several stateless ones a site belongs to may be unclear

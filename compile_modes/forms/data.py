@@ -91,6 +91,8 @@ def why_no_data(site: Site) -> str:
     value = _compat.value(_operand(site))
     if not isinstance(value, _compat.FakeTensor) or not value.dtype.is_floating_point or value.is_nested:
         return "its input is no plain tensor"
+    if not _is_dense(value):
+        return "its input has gaps in memory, which eval hands on and train does not"
     if not _DROPOUTS[site.op.overload].in_place and shares_writes(site.node, _DROPOUTS):
         return "eval mode hands its input on, and something writes to that in place or returns it"
     return ""
@@ -269,6 +271,14 @@ def _memory_order(x: Tensor) -> list[int]:
     strides = x.stride()
     order = sorted(plain, key=lambda d: (-strides[d], d))
     return order if x.permute(order).is_contiguous() else plain
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether a tensor is known to lie in memory without gaps: train then gives its result the same strides."""
+    if all(type(number) is int for number in (*x.shape, *x.stride())):
+        return x.numel() < 2 or x.permute(_memory_order(x)).is_contiguous()
+    formats = [torch.contiguous_format, *([torch.channels_last] if x.ndim == 4 else [])]
+    return any(x.is_contiguous(memory_format=layout) for layout in formats)
 
 
 def _selu(x: Tensor, mask: Tensor, flag: Tensor, p: float) -> Tensor:

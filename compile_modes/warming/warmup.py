@@ -17,6 +17,7 @@ from compile_modes._compat.frames import graphs_compiled
 from compile_modes.console import progress as progress_bar
 from compile_modes.errors import CompileModesError, summary
 from compile_modes.exported.observing import plain
+from compile_modes.forms.deploy.running import CALLS, DEPLOYED
 from compile_modes.graph.requests import MODES, check_overrides, owner_matches
 from compile_modes.graph.snapshot import Snapshot
 from compile_modes.warming.background import Warmup, start
@@ -130,6 +131,9 @@ def warmup(
             for step in steps:
                 _set_modes(module, step.mode)
                 _run(module, step, args, kwargs or {})
+                for _ in range(1, CALLS):  # with ``freeze``, the last of so many calls compiles once more
+                    if step.grad is not True and any(deployed.waiting for deployed in list(DEPLOYED)):
+                        _run(module, step, args, kwargs or {})
                 restore()
                 advance()
     finally:

@@ -233,3 +233,12 @@ backward: aten.native_dropout_backward.default aten.native_batch_norm_backward.d
 forward: aten._native_batch_norm_legit_no_training.default
 backward: aten.native_batch_norm_backward.default""",
         )
+
+
+@pytest.mark.parametrize("options", [{}, {"tune": True}, {"training": True}])
+@pytest.mark.usefixtures("no_inductor")
+def test_parameters_are_not_watched(options):
+    """torch refuses to swap those that are."""
+    model = nn.Linear(4, 4)
+    torch.compile(model, backend="pt2e_modes", options=options)(torch.randn(2, 4)).sum().backward()
+    torch.utils.swap_tensors(model.weight, nn.Parameter(torch.ones(4, 4)))

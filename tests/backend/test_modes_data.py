@@ -340,6 +340,37 @@ class TestGuarded:
             torch.manual_seed(0)
             torch.testing.assert_close(ours, model(X))
 
+    @pytest.mark.parametrize("layout", [lambda y: y * y.stride(0), lambda y: y * (2 if y.is_contiguous() else 3)])
+    def test_code_that_decides_by_the_layout_of_a_result(self, layout):
+        """Eval hands on an input with gaps in memory, train gives a result without."""
+
+        class Sliced(Then):
+            def forward(self, x):
+                return layout(self.drop(self.linear(x)[:, ::2]))
+
+        self.flips(Sliced(None))
+        assert graphs_compiled() == 2
+
+    def test_a_region_of_an_exported_module_guards_its_own_alone(self):
+        class Net(Then):
+            def __init__(self):
+                super().__init__(None)
+                self.inside = nn.Dropout(0.3)
+
+            def forward(self, x):
+                with torch.no_grad():
+                    y = self.inside(x)
+                return self.drop(self.linear(x)) * y
+
+        model = Net()
+        module = cm.bind(torch.export.export(model, (X,)))
+        call = compiled(module)
+        for mode in (True, False, True):
+            module.drop.train(mode)
+            model.drop.train(mode)
+            same_as_eager(call, module, model)
+        assert graphs_compiled() == 1
+
     def test_a_class_of_ones_own(self):
         self.flips(Then(lambda m, y: y, Own(0.3)))
         assert graphs_compiled() == 2

@@ -280,3 +280,40 @@ def test_regions_of_bound_programs(start):
         stock = torch.compile(expected, backend="aot_eager")
         compiled = compile_(module, overrides={"bn": other, "last": other})
         same_steps(expected, module, compiled, [X], oracle=stock, steps=1, tolerance=0.0)
+
+
+class Undifferentiated(nn.Module):
+    """A dropout in a block without gradients, whose input is used again: in eval, what it returns has the gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.inside, self.outside = nn.Linear(8, 8), nn.Dropout(0.3), nn.Dropout(0.2)
+
+    def forward(self, x):
+        with torch.no_grad():
+            y = self.inside(x)
+        return self.outside(self.linear(x)) * y
+
+
+@pytest.mark.filterwarnings("ignore:CM419")
+@pytest.mark.parametrize(
+    "options",
+    [{"tune": True}, {"modes": "data"}, {"overrides": {"inside": "eval"}}, {"overrides": {"inside": "train"}}],
+    ids=["flags", "data", "eval", "train"],
+)
+def test_gradients_through_an_eval_dropout_in_a_block_without(options):
+    torch.manual_seed(0)
+    model = Undifferentiated()
+    call, x = torch.compile(model, backend="pt2e_modes", options=options), torch.randn(4, 8)
+    for mode in (True, False, True):
+        model.train(mode)
+        reference = copy.deepcopy(model)
+        if "overrides" in options:
+            reference.inside.train(options["overrides"]["inside"] == "train")
+        gradients = []
+        for run in (call, reference):
+            torch.manual_seed(3)
+            own = x.clone().requires_grad_()
+            run(own).square().sum().backward()
+            gradients.append(own.grad)
+        torch.testing.assert_close(*gradients)

@@ -1,7 +1,6 @@
 """What the deploy form can't have runs in its stock form, with one warning, and is right."""
 
 import time
-import warnings
 
 import pytest
 import torch
@@ -12,15 +11,7 @@ import compile_modes as cm
 from compile_modes import _compat
 from compile_modes._compat import freezing
 from compile_modes.forms.deploy.running import DEPLOYED
-from deployed import X, agrees, frozen, net, runs_on_constants, settle
-
-
-def says(call, model, *args, tolerance=1e-5, calls=5):
-    """Compares with eager, and returns what was warned of."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", cm.ModeWarning)
-        agrees(call, model, *args, calls=calls, tolerance=tolerance)
-    return [str(w.message) for w in caught if issubclass(w.category, cm.ModeWarning)]
+from deployed import X, agrees, frozen, net, runs_on_constants, says, settle
 
 
 @pytest.mark.parametrize("freeze", [True, "always", 1, None, 0])

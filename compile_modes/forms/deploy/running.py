@@ -11,12 +11,13 @@ from torch import fx
 from compile_modes._compat import freezing
 from compile_modes.forms.deploy.eligible import eligibility
 from compile_modes.forms.deploy.graphs import Graph, say_not_frozen
-from compile_modes.forms.deploy.sets import Constants
+from compile_modes.forms.deploy.sets import RESTED, Constants
 from compile_modes.forms.deploy.writes import WRITES, listen
 from compile_modes.graph.finding import sites
 
 Compiler = Callable[..., Callable[..., Any]]
 _SEEN_ONCE = 64
+CALLS = 1 + RESTED  # of one parameter set, nothing written to in between, the last of which freezes a graph
 DEPLOYED: "weakref.WeakSet[Deployed]" = weakref.WeakSet()
 
 
@@ -62,6 +63,11 @@ class Deployed:
         """The parameter sets that it has been called with, those that are alive."""
         return list(self._sets.values())
 
+    @property
+    def waiting(self) -> bool:
+        """Whether it has still to be frozen, in a call to come."""
+        return not (self._graph.declined or self._graph.frozen)
+
     def __call__(self, *args: Any) -> Any:
         graph = self._graph
         if graph.declined:
@@ -80,8 +86,11 @@ class Deployed:
                 self._once.clear()
             self._once[key] = None
             return None
-        if any(type(w) not in (torch.Tensor, torch.nn.Parameter) for w in weights) or _shared(weights):
-            self._graph.decline("weights are of a class of their own, or share memory")
+        if any(type(w) not in (torch.Tensor, torch.nn.Parameter) for w in weights):
+            self._graph.decline("weights are of a class of their own")
+            return None
+        if torch.__future__.get_swap_module_params_on_conversion():
+            self._graph.decline("parameters are swapped on conversion, which torch refuses once they are watched")
             return None
         self._once.pop(key, None)
         sets, references = weakref.ref(self), []
@@ -95,12 +104,6 @@ class Deployed:
         constants = self._sets.setdefault(key, Constants(self._graph, weights, strict=self._strict))
         self._references[key] = references
         return constants
-
-
-def _shared(weights: Sequence[torch.Tensor]) -> bool:
-    """Whether two weights begin at one address: Inductor takes their constants for one."""
-    addresses = [weight.data_ptr() for weight in weights if weight.numel()]
-    return len(addresses) != len(set(addresses))
 
 
 def _noting(compiled: Callable[..., Any], written: Sequence[int]) -> Callable[..., Any]:

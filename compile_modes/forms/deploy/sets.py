@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from compile_modes.forms.deploy.graphs import Graph
-from compile_modes.forms.deploy.snapshot import Snapshot
+from compile_modes.forms.deploy.snapshot import Snapshot, overlap
 from compile_modes.forms.deploy.writes import WRITES
 
 # Calls without a write in between, after which constants are worth computing: a loop that trains and evaluates in turn
@@ -67,6 +67,9 @@ class Constants:
                 return view
             self._rested += 1
             if self._rested < RESTED or self._graph.declined:
+                return None
+            if overlap(weights):
+                self._graph.decline("weights share memory")
                 return None
             if not self._graph.frozen:
                 self._graph.freeze(args)

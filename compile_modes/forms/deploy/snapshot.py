@@ -1,22 +1,25 @@
 """What weights looked like at one time: enough to see nearly every write to them, or, if asked for, every one."""
 
 import ctypes
+import itertools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, cast
 
 import torch
 
 from compile_modes.forms.deploy.writes import WRITES
 
-_SMALL = 8192  # bytes; the statistics of batch norms, which eager kernels write to without a trace
+_SMALL = 8192  # bytes
+_SMALL_VECTOR = 2**18  # bytes; the statistics of batch norms, which eager kernels write to without a trace
 _SAMPLE = 64  # bytes, at three places of larger tensors
 _pointers: Callable[[torch.Tensor], int] = torch.Tensor.data_ptr
 _versions = operator.attrgetter("_version")
 
 
 class Snapshot:
-    """The state of tensors, and their memory, which is held on to: an address is not given to others meanwhile.
+    """The state of tensors, and their storages, which are held on to: an address is not given to others meanwhile.
+
+    Memory is read only where a tensor still has its address. Storages stay free to be resized, shared or moved.
 
     Args:
         weights: the tensors; which ones they are stays what it is.
@@ -37,15 +40,16 @@ class Snapshot:
         self._addresses = list(map(_pointers, weights))
         self._counts = list(map(_versions, self._pick(weights)))
         counted = set(self._counted)
-        known = before._addresses if before else [None] * len(weights)
+        self._storages = [weight.untyped_storage() for weight in weights]
+        self._ranges = list(map(extent, weights))
+        known = before._ranges if before else [None] * len(weights)
         self._pieces: list[list[memoryview]] = [
-            before._pieces[index] if before and known[index] == address else _pieces(weight, whole=index not in counted)
-            for index, (weight, address) in enumerate(zip(weights, self._addresses, strict=True))
+            before._pieces[index] if before and known[index] == at else _pieces(weight, at, whole=index not in counted)
+            for index, (weight, at) in enumerate(zip(weights, self._ranges, strict=True))
         ]
         self._memory = [view for views in self._pieces for view in views]
         self._bytes = b"".join(self._memory)
-        self._ranges = [_extent(weight) for weight in weights] if strict else []
-        self._copies = [ctypes.string_at(*at) for at in self._ranges]
+        self._copies = [ctypes.string_at(*at) for at in self._ranges] if strict else []
 
     def same(self, weights: Sequence[torch.Tensor]) -> bool:
         """Whether nothing has been written to since, as far as can be seen."""
@@ -67,10 +71,10 @@ class Snapshot:
         found = {index for index, address in enumerate(self._addresses) if now[index] != address}
         counts = zip(self._counted, self._counts, map(_versions, self._pick(weights)), strict=True)
         found |= {index for index, then, count in counts if then != count}
-        start, now_bytes = 0, b"".join(self._memory)
-        for index, views in enumerate(self._pieces if now_bytes != self._bytes else ()):
+        start = 0
+        for index, views in enumerate(self._pieces):
             end = start + sum(map(len, views))
-            if index not in found and now_bytes[start:end] != self._bytes[start:end]:
+            if index not in found and b"".join(views) != self._bytes[start:end]:
                 found.add(index)
             start = end
         if self._strict:
@@ -87,21 +91,27 @@ def _picking(indices: list[int], count: int) -> Callable[[Sequence[torch.Tensor]
     return operator.itemgetter(*indices)
 
 
-def _extent(weight: torch.Tensor) -> tuple[int, int]:
-    """Address and length in bytes of the memory that a tensor reaches over."""
+def extent(weight: torch.Tensor) -> tuple[int, int]:
+    """Address and length in bytes of the memory that a tensor reaches over; 0 if its storage has not so much."""
     if not weight.numel():
         return weight.data_ptr(), 0
     last = sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
-    return weight.data_ptr(), (last + 1) * weight.element_size()
+    size = (last + 1) * weight.element_size()
+    offset = weight.storage_offset() * weight.element_size()
+    return weight.data_ptr(), size if offset + size <= weight.untyped_storage().nbytes() else 0
 
 
-def _pieces(weight: torch.Tensor, *, whole: bool) -> list[memoryview]:
+def overlap(weights: Sequence[torch.Tensor]) -> bool:
+    """Whether two tensors share memory, or may: a write to one of them would not be seen on the other."""
+    at = sorted((address, size) for address, size in map(extent, weights) if size)
+    return any(start + size > following for (start, size), (following, _) in itertools.pairwise(at))
+
+
+def _pieces(weight: torch.Tensor, at: tuple[int, int], *, whole: bool) -> list[memoryview]:
     """The bytes of a tensor that are compared."""
-    with torch.inference_mode(False), torch.no_grad():
-        storage = torch.empty(0, dtype=torch.uint8).set_(weight.untyped_storage())
-    start, size = weight.storage_offset() * weight.element_size(), _extent(weight)[1]
-    memory = memoryview(cast(Any, storage.numpy()))[start : start + size]
-    if whole or size <= _SMALL:
+    address, size = at
+    memory = memoryview((ctypes.c_char * size).from_address(address)).cast("B")
+    if whole or size <= (_SMALL_VECTOR if weight.ndim == 1 else _SMALL):
         return [memory]
     middle = size // 2
     return [memory[:_SAMPLE], memory[middle : middle + _SAMPLE], memory[-_SAMPLE:]]
