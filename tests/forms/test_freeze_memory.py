@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import compile_modes as cm
+from compile_modes.forms.deploy.running import DEPLOYED
 from deployed import agrees, compiled, frozen, runs_on_constants, says, settle
 
 X = torch.randn(4, 64, generator=torch.Generator().manual_seed(7))
@@ -61,6 +62,37 @@ def test_storages_can_be_resized(freeze):
     with torch.no_grad():
         model.linear.weight.copy_(weight)
     agrees(call, model, X)
+
+
+def test_a_write_to_one_element_of_a_large_weight():
+    """Its version counter is all that shows it."""
+    model = nn.Linear(64, 64).eval()
+    call = frozen(model)
+    agrees(call, model, X)
+    assert runs_on_constants() == [True]
+    with torch.no_grad():
+        model.weight[20, 3] = 9.0
+    agrees(call, model, X)
+
+
+class Tokens(nn.Module):
+    """Attention's projection, of tokens whose batch does not come first."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 24)
+
+    def forward(self, x):
+        return self.linear(x.transpose(0, 1))
+
+
+def test_constants_are_no_larger_than_what_they_are_made_of():
+    """Where no weight needs a gradient, ATen multiplies one copy of it for each token."""
+    model, x = Tokens().eval(), torch.randn(2, 50, 8)
+    call = frozen(model)
+    agrees(call, model, x)
+    (constants,) = (its for graph in DEPLOYED for its in graph.sets)
+    assert all(value.numel() <= 8 * 24 or value.is_mkldnn for value in constants._values.values())
 
 
 def overlapping(model):

@@ -102,7 +102,8 @@ class Graph:
     def _freeze(self, args: Sequence[Any]) -> None:
         assert self._source is not None
         source, given = self._source, list(args)
-        weights = [weight.detach().clone() for weight in self.weights(args)]  # others may write to theirs meanwhile
+        # Others may write to theirs meanwhile. By whether a weight needs a gradient, ATen chooses how to multiply.
+        weights = [weight.detach().clone().requires_grad_(weight.requires_grad) for weight in self.weights(args)]
         for index, weight in zip(self._positions, weights, strict=True):
             given[index] = weight
         _hold(source, self._positions, weights)

@@ -36,7 +36,8 @@ class Constants:
     @property
     def nbytes(self) -> int:
         """The memory of the constants; of packed ones, what is in them."""
-        return sum(value.numel() * value.element_size() for value in self._values.values())
+        values = self._values.values()
+        return sum(v.numel() * v.element_size() if v.is_mkldnn else v.untyped_storage().nbytes() for v in values)
 
     def __call__(self, weights: Sequence[torch.Tensor], args: Sequence[Any]) -> Any:
         snapshot, view = self._state
