@@ -4,7 +4,7 @@ Checked on torch 2.14.1 and 2.15.0. The names that are asked for when something 
 when this package is imported.
 """
 
-import logging
+import inspect
 import os
 import platform
 import sys
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
@@ -51,9 +52,11 @@ _EXTENSIONS = (
 def missing() -> str:
     """What this torch lacks for packages; empty if nothing."""
     try:
-        from torch.export.experimental import _export_forward_backward  # noqa: F401
+        from torch.export.exported_program import _decompose_exported_program as decompose
     except ImportError:
-        return "torch.export.experimental._export_forward_backward"
+        return "torch.export.exported_program._decompose_exported_program"
+    if "joint_loss_index" not in inspect.signature(decompose).parameters:
+        return "joint_loss_index of torch.export.exported_program._decompose_exported_program"
     return "" if _loader() is not None else "torch._C._aoti.AOTIModelPackageLoader"
 
 
@@ -68,7 +71,8 @@ def reached(program: ExportedProgram) -> set[str]:
     fakes: list[Any] = [node.meta.get("val") for node in given]
     mode = next(fake.fake_mode for fake in fakes if hasattr(fake, "fake_mode"))
     values, leaves = [], {}
-    with mode, torch.enable_grad():
+    # The dispatcher of Python, as tracers have it: what C++ composes of others (a GRU) fixes the sizes that vary.
+    with mode, enable_python_dispatcher(), torch.enable_grad():
         for node, spec in zip(given, program.graph_signature.input_specs, strict=True):
             value = node.meta["val"]
             if isinstance(value, torch.Tensor):
@@ -91,13 +95,23 @@ def joint(program: ExportedProgram, parameters: set[str]) -> ExportedProgram:
             that get none.
         parameters: some of :func:`reached`.
     """
-    from torch.export.experimental import _export_forward_backward
+    from torch._decomp import core_aten_decompositions
+    from torch._inductor.decomposition import select_decomp_table
+    from torch.export.exported_program import _decompose_exported_program
 
     given = program.graph_module.graph.find_nodes(op="placeholder")
     for node, spec in zip(given, program.graph_signature.input_specs, strict=True):
         if spec.kind is InputKind.PARAMETER and spec.target not in parameters:
             node.meta["val"] = node.meta["val"].detach()
-    return _export_forward_backward(program)
+    # As torch.export.experimental._export_forward_backward does, with what Inductor takes apart for training and no
+    # more. That function takes apart attention on a CPU, whose second result is then another one than its backward
+    # needs: gradients are wrong without a word (2.15.0).
+    trained = select_decomp_table()
+    table = {op: function for op, function in core_aten_decompositions().items() if op in trained}
+    made: ExportedProgram = _decompose_exported_program(
+        program, cia_to_decomp={}, python_decomp_table=table, joint_loss_index=0, decompose_custom_triton_ops=False
+    )
+    return made
 
 
 def compile_ahead(
@@ -138,9 +152,7 @@ class Library:
 
     def __init__(self, path: str, name: str, index: int = -1) -> None:
         kind = _loader()
-        level = logging.getLogger("torch").level
         self._loader = kind(path, name, False, 1, index)
-        logging.getLogger("torch").setLevel(level)
 
     def constants(self) -> list[str]:
         """What it has to be given, by name."""

@@ -156,6 +156,13 @@ SEVERAL_DEVICES = Error(
     "move the module to one device",
     raised=PackageError,
 )
+SPECIALIZED = Error(
+    "CM024",
+    "torch has fixed sizes that were to vary: {inputs}",
+    "leave them out of dynamic_shapes, or change what fixes them: TORCH_LOGS=+dynamic says what",
+    where="modes[{mode!r}]",
+    raised=PackageError,
+)
 # Those of files get their place from container.reading().
 NO_PACKAGE = Error(
     "CM030",

@@ -19,6 +19,7 @@ from compile_modes.graph.sites import BOUND
 from compile_modes.package import file as files
 from compile_modes.package.asking import TRAIN, asked, deciders, submodules, vectors
 from compile_modes.package.programs import Program, examples_of, program_of
+from compile_modes.package.signature import specialized
 from compile_modes.package.structure import tensors_of
 from compile_modes.package.weights import Pool, state_of
 
@@ -122,9 +123,13 @@ def _compiled(mode: str, program: Program, options: dict[str, Any]) -> tuple[lis
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)  # of torch's, about its own code
         try:
-            return aoti.compile_ahead(program.exported, program.tensors, options)
+            made = aoti.compile_ahead(program.exported, program.tensors, options)
+            fixed = specialized(program.signature, program.exported)
         except Exception as error:  # torch raises whatever it comes across, its compiler too
             raise messages.NOT_COMPILABLE.error(mode=mode, error=summary(error)) from error
+    if fixed:
+        raise messages.SPECIALIZED.error(mode=mode, inputs=few(fixed))
+    return made
 
 
 def _described(

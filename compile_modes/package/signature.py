@@ -131,6 +131,18 @@ def signature_of(
     return Signature(found, ranges, device.type)
 
 
+def specialized(signature: Signature, program: ExportedProgram) -> list[str]:
+    """The inputs of which torch has fixed a size since that was to vary."""
+    nodes, specs = program.graph_module.graph.find_nodes(op="placeholder"), program.graph_signature.input_specs
+    values = [n.meta["val"] for n, spec in zip(nodes, specs, strict=True) if spec.kind is InputKind.USER_INPUT]
+    found = []
+    for one, value in zip(signature.inputs, values, strict=True):
+        now = [_size(program, one.name, size, {}) for size in value.shape]
+        if now != one.sizes:
+            found.append(f"{one} is now [{', '.join(map(spelled, now))}]")
+    return found
+
+
 def _size(program: ExportedProgram, name: str, size: int | torch.SymInt, ranges: dict[str, list[int | None]]) -> Size:
     if isinstance(size, int):
         return size

@@ -247,3 +247,29 @@ def test_the_loss_that_a_module_returns_needs_no_function(faked, tmp_path):
     torch.testing.assert_close(packed.linear.weight.grad, model.linear.weight.grad)
     with pytest.raises(cm.PackageError, match="CM041"):
         packed.eval()(x)
+
+
+class Attending(nn.Module):
+    """Attention after a recurrent layer, whose sizes torch fixes where it takes them apart in C++."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru, self.head = nn.GRU(4, 4, batch_first=True), nn.Linear(4, 4)
+
+    def forward(self, x):
+        values = self.gru(x)[0].unsqueeze(1)
+        attended = nn.functional.scaled_dot_product_attention(values, self.head(values), values)
+        return attended.squeeze(1)
+
+
+def test_attention_and_recurrent_layers_have_their_gradients_at_any_size(faked, tmp_path):
+    torch.manual_seed(0)
+    model, batch = Attending(), torch.export.Dim("batch", min=1, max=16)
+    x, options = torch.randn(3, 5, 4), {"loss": lambda outputs: outputs.square().mean(), "modes": ["train"]}
+    cm.package(model, (x,), tmp_path / "m.pt2", dynamic_shapes=({0: batch},), **options)
+    packed = cm.load_package(tmp_path / "m.pt2")
+    x = torch.randn(7, 5, 4)
+    packed(x)[0].backward()
+    model(x).square().mean().backward()
+    for (name, ours), theirs in zip(packed.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, msg=lambda text, name=name: f"{name}: {text}")

@@ -111,6 +111,20 @@ def test_a_failure_of_the_compiler_is_told(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_sizes_that_the_compiler_fixes_are_told(monkeypatch, tmp_path):
+    """A compiled program that was given a size must not be called with another one."""
+
+    def fixes(program, inputs, options):
+        (node,) = [n for n in program.graph_module.graph.find_nodes(op="placeholder") if "tensors" in n.name]
+        assert node.meta["val"].shape[0] == 6  # which is a guard
+        return [], {}
+
+    monkeypatch.setattr(aoti, "compile_ahead", fixes)
+    shapes = {"dynamic_shapes": ({0: torch.export.Dim("batch", min=1, max=16)},)}
+    with pytest.raises(cm.PackageError, match=r"CM024.*x: float32\[s\d+, 4\] is now \[6, 4\]"):
+        cm.package(Small(), (X,), tmp_path / "m.pt2", modes=["eval"], **shapes)
+
+
 def test_a_torch_without_training_ahead_of_time_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr(aoti, "missing", lambda: "torch._C._aoti.AOTIModelPackageLoader")
     with pytest.raises(cm.PackageError, match=r"CM005.*AOTIModelPackageLoader"):
