@@ -28,8 +28,12 @@ _FIXED: dict[str, Any] = {
     "aot_inductor.package_cpp_only": False,
     "aot_inductor.package_constants_in_so": False,
     "aot_inductor.package_constants_on_disk_format": "pickle_weights",  # hands them over; nothing is pickled
+    "aot_inductor.use_runtime_constant_folding": False,
     "always_keep_tensor_constants": True,
+    "freezing": False,
 }
+if torch.__version__ < "2.15":  # which folds a counter that training writes: it stays at 1 (2.14.1)
+    _FIXED["joint_graph_constant_folding"] = False
 # What of the instructions of a CPU -march=native may use.
 _EXTENSIONS = (
     "sse",
