@@ -74,7 +74,7 @@ def package(
     state = state_of(bound, named, pool)
     device = next((t.device for t in (*bound.parameters(), *bound.buffers())), torch.device("cpu"))
     examples = examples_of(bound, args, targets, _names(bound, len(args)))
-    programs = {mode: program_of(bound, mode, vector, examples, loss, device) for mode, vector in flagged.items()}
+    programs = {mode: program_of(bound, mode, vector, examples, loss) for mode, vector in flagged.items()}
     code: dict[str, list[str]] = {}
     described: dict[str, Any] = {}
     for mode, program in programs.items():

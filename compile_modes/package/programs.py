@@ -164,7 +164,7 @@ def _ranges(module: nn.Module) -> dict[str, tuple[int | None, int | None]]:
 
 
 def program_of(
-    module: nn.Module, mode: str, vector: Vector, examples: Examples, loss: Callable[..., Any] | None, device: Any
+    module: nn.Module, mode: str, vector: Vector, examples: Examples, loss: Callable[..., Any] | None
 ) -> Program:
     """The program of a mode.
 
@@ -174,7 +174,6 @@ def program_of(
         vector: the flags of all submodules in it.
         examples: what the module is called with.
         loss: makes a loss of what the module returns and the targets.
-        device: of the module.
 
     Raises:
         PackageError: there is no such program.
@@ -201,7 +200,7 @@ def program_of(
     exported = _renamed(exported, mode)
     # A batch of one value per channel has no variance: what export says of such a size stays.
     least = [[None] * len(one) for one in examples.least] if norms else examples.least
-    signature = signature_of(exported, examples.names[:count], least[:count], device)
+    signature = signature_of(exported, examples.names[:count], least[:count])
     if training:
         exported = _with_backward(exported, mode)
     return _described(exported, tensors, signature, step.seen.outputs, mode)

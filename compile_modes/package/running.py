@@ -131,8 +131,8 @@ class _Step(torch.autograd.Function):
     def forward(ctx: Any, mode: Mode, tensors: list[torch.Tensor], *parameters: torch.Tensor) -> Any:
         loss, *rest = mode.run(tensors)
         results, gradients = rest[: mode.results], rest[mode.results :]
-        wanted = ctx.needs_input_grad[2:]
-        ctx.gradients = [g if asked else None for g, asked in zip(gradients, wanted, strict=True)]
+        wanted = zip(_apart(gradients, [*tensors, loss, *results]), ctx.needs_input_grad[2:], strict=True)
+        ctx.gradients = [gradient if asked else None for gradient, asked in wanted]
         ctx.mark_non_differentiable(*results)
         ctx.set_materialize_grads(False)
         return (loss, *results)
@@ -145,10 +145,23 @@ class _Step(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if scale is None:
             return (None, None, *(None for _ in gradients))
-        present = [gradient for gradient in gradients if gradient is not None]
-        if present and not (scale.device.type == "cpu" and scale.item() == 1):
-            torch._foreach_mul_(present, scale)
+        if not (scale.device.type == "cpu" and scale.item() == 1):
+            gradients = [None if gradient is None else gradient * scale for gradient in gradients]
         return (None, None, *gradients)
+
+
+def _apart(gradients: list[torch.Tensor], others: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Gradients in memory of their own, for optimizers write into them.
+
+    A library returns one tensor for several parameters of equal gradients, and an argument where that is the gradient.
+    """
+    seen = {tensor.untyped_storage().data_ptr() for tensor in others}
+    found = []
+    for gradient in gradients:
+        at = gradient.untyped_storage().data_ptr()
+        found.append(gradient.clone() if at in seen else gradient)
+        seen.add(at)
+    return found
 
 
 def tied(state: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:

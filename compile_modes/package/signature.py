@@ -19,10 +19,11 @@ Size = int | list[Any]
 
 @dataclass(frozen=True)
 class Input:
-    """A tensor that a mode takes; always contiguous."""
+    """A tensor that a mode takes; always contiguous. The device is "cpu" or the package's own."""
 
     name: str
     dtype: str
+    device: str
     sizes: list[Size]
 
     def __str__(self) -> str:
@@ -43,7 +44,6 @@ class Signature:
 
     inputs: list[Input]
     ranges: dict[str, list[int | None]]
-    device: str
 
     def to_json(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -52,8 +52,8 @@ class Signature:
     @classmethod
     def from_json(cls, held: dict[str, Any]) -> "Signature":
         """The reverse of :meth:`to_json`."""
-        inputs = [Input(one["name"], one["dtype"], list(one["sizes"])) for one in held["inputs"]]
-        return cls(inputs, dict(held["ranges"]), str(held["device"]))
+        inputs = [Input(one["name"], one["dtype"], one["device"], list(one["sizes"])) for one in held["inputs"]]
+        return cls(inputs, dict(held["ranges"]))
 
     def fitted(self, tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
         """Tensors as they were compiled for: contiguous, and without autograd.
@@ -63,9 +63,10 @@ class Signature:
         """
         symbols: dict[str, int] = {}
         for one, tensor in zip(self.inputs, tensors, strict=True):
-            if str(tensor.dtype) != f"torch.{one.dtype}" or tensor.device != device or tensor.layout != torch.strided:
+            there = device if one.device == device.type else torch.device(one.device)
+            if str(tensor.dtype) != f"torch.{one.dtype}" or tensor.device != there or tensor.layout != torch.strided:
                 given = f"{tensor.dtype} on {tensor.device}".removeprefix("torch.")
-                raise messages.INPUT_KIND.error(name=one.name, given=given, wanted=f"{one.dtype} on {device}")
+                raise messages.INPUT_KIND.error(name=one.name, given=given, wanted=f"{one.dtype} on {there}")
             if tensor.dim() != len(one.sizes) or not self._fits(one, tensor, symbols):
                 raise messages.INPUT_SIZE.error(given=tuple(tensor.shape), wanted=self._wanted(one), name=one.name)
         return [_plain(tensor) for tensor in tensors]
@@ -97,9 +98,7 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.is_cuda and tensor.data_ptr() % 16 else tensor
 
 
-def signature_of(
-    program: ExportedProgram, names: Sequence[str], least: Sequence[Sequence[int | None]], device: torch.device
-) -> Signature:
+def signature_of(program: ExportedProgram, names: Sequence[str], least: Sequence[Sequence[int | None]]) -> Signature:
     """The signature of an exported program whose inputs are tensors.
 
     Args:
@@ -107,7 +106,6 @@ def signature_of(
         names: what to call its inputs.
         least: the least value of each size of each input that was asked for, None where nothing was. Export says 2
             where it has only taken care that a size isn't 0 or 1.
-        device: the device of the weights.
 
     Raises:
         PackageError: a size depends on others in a way that isn't linear.
@@ -121,14 +119,14 @@ def signature_of(
     found = []
     for name, value, lows in zip(names, values, least, strict=True):
         sizes = [_size(program, name, size, ranges) for size in value.shape]
-        found.append(Input(name, str(value.dtype).removeprefix("torch."), sizes))
+        found.append(Input(name, str(value.dtype).removeprefix("torch."), value.device.type, sizes))
         for size, low in zip(sizes, lows, strict=True):
             if not isinstance(size, int) and size[1:] == [1, 0] and low is not None:
                 asked[size[0]] = max(low, asked.get(size[0], 0))
     for symbol, bounds in ranges.items():
         if bounds[0] == 2 and symbol in asked:
             bounds[0] = asked[symbol]
-    return Signature(found, ranges, device.type)
+    return Signature(found, ranges)
 
 
 def specialized(signature: Signature, program: ExportedProgram) -> list[str]:

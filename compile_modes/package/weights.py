@@ -44,7 +44,13 @@ class Pool:
         record = self._record(plain)
         where = {"size": list(plain.shape), "stride": list(plain.stride()), "offset": plain.storage_offset()}
         self.tensors.append(
-            {"record": record, "dtype": str(plain.dtype).removeprefix("torch."), **where, "constant": False}
+            {
+                "record": record,
+                "dtype": str(plain.dtype).removeprefix("torch."),
+                **where,
+                "device": plain.device.type,
+                "constant": False,
+            }
         )
         self._kept.append(tensor)
         self._known[id(tensor)] = len(self.tensors) - 1
@@ -52,9 +58,9 @@ class Pool:
 
     def add_constant(self, name: str, tensor: torch.Tensor) -> int:
         """Takes in a tensor that nobody writes: of equal ones, one is kept."""
-        value = tensor.detach().cpu().contiguous()
+        value = tensor.detach().contiguous()
         for index, known in enumerate(self._kept):
-            alike = known.dtype == value.dtype and known.shape == value.shape
+            alike = (known.dtype, known.shape, known.device) == (value.dtype, value.shape, value.device)
             if self.tensors[index]["constant"] and alike and torch.equal(known, value):
                 return index
         index = self.add(name, value)
@@ -81,13 +87,13 @@ class Pool:
 
 
 def read(reader: Reader, tensors: list[Meta], device: torch.device) -> list[torch.Tensor]:
-    """The tensors of a package, on a device. Raises ValueError for one that lies outside of its record."""
+    """The tensors of a package, on its device. Raises ValueError for one that lies outside of its record."""
     flat: dict[str, torch.Tensor] = {}
     found = []
     for meta in tensors:
         record = str(meta["record"])
         if record not in flat:
-            flat[record] = reader.tensor(record).to(device)
+            flat[record] = reader.tensor(record).to("cpu" if meta["device"] == "cpu" else device)
         found.append(_placed(flat[record], meta))
     return found
 

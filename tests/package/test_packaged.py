@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import compile_modes as cm
+from compile_modes.package.running import _apart
 from package import fake_aoti
 from package.packages import Cnn, cross_entropy, images
 
@@ -265,11 +266,21 @@ class Attending(nn.Module):
 def test_attention_and_recurrent_layers_have_their_gradients_at_any_size(faked, tmp_path):
     torch.manual_seed(0)
     model, batch = Attending(), torch.export.Dim("batch", min=1, max=16)
-    x, options = torch.randn(3, 5, 4), {"loss": lambda outputs: outputs.square().mean(), "modes": ["train"]}
+    x, options = torch.randn(3, 2, 4), {"loss": lambda outputs: outputs.square().mean(), "modes": ["train"]}
     cm.package(model, (x,), tmp_path / "m.pt2", dynamic_shapes=({0: batch},), **options)
     packed = cm.load_package(tmp_path / "m.pt2")
-    x = torch.randn(7, 5, 4)
+    x = torch.randn(7, 2, 4)
     packed(x)[0].backward()
     model(x).square().mean().backward()
     for (name, ours), theirs in zip(packed.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_gradients_are_in_memory_of_their_own():
+    """A library may return one tensor for several parameters, and an argument where that is the gradient."""
+    argument, shared = torch.arange(4.0), torch.ones(4)
+    found = _apart([shared, shared, argument, argument[1:]], [argument])
+    for gradient in found:
+        gradient.mul_(2)
+    assert [g.tolist() for g in found] == [[2.0] * 4, [2.0] * 4, [0.0, 2.0, 4.0, 6.0], [2.0, 4.0, 6.0]]
+    assert argument.tolist() == [0.0, 1.0, 2.0, 3.0]

@@ -44,6 +44,17 @@ class Writing(nn.Linear):
         return super().forward(x.add_(1))
 
 
+class Equal(nn.Module):
+    """Two parameters whose gradients are one value, which torch's joint export can't tell apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))
+
+    def forward(self, x):
+        return (self.one + self.other).sum() + x.sum()
+
+
 MEAN = {"loss": lambda out, *rest: out.mean()}
 CASES = {
     "no loss": (Small(), (X,), {}, cm.PackageError, "CM014"),
@@ -57,6 +68,7 @@ CASES = {
     "no function": (Small(), (X,), {"loss": "mse"}, cm.OptionError, "CM006"),
     "fixed option": (Small(), (X,), {"options": {"always_keep_tensor_constants": False}}, cm.OptionError, "CM008"),
     "no tuple": (Small(), X, MEAN, cm.OptionError, "CM009"),
+    "one gradient of two": (Equal(), (X,), {}, cm.PackageError, "CM017"),
     "overlapping": (Overlapping(), (X,), MEAN, cm.PackageError, "CM017"),
     "writes its input": (Writing(4, 4), (X,), {**MEAN, "modes": ["train"]}, cm.PackageError, "CM019"),
     "writes its input in eval": (Writing(4, 4), (X,), {"modes": ["eval"]}, cm.PackageError, "CM019"),
