@@ -11,6 +11,7 @@ from compile_modes.errors import (
     ModeWarning,
     OptionError,
     OverrideError,
+    PackageError,
     VerifyError,
     WarmupError,
 )
@@ -33,6 +34,9 @@ from compile_modes.graph.explain import explain
 from compile_modes.graph.finding import sites
 from compile_modes.graph.rewrite import Report, set_mode
 from compile_modes.graph.sites import Site
+from compile_modes.package.loading import load_package
+from compile_modes.package.packaged import Packaged
+from compile_modes.package.packaging import package
 from compile_modes.warming.background import Warmup
 from compile_modes.warming.warmup import warmup
 
@@ -49,6 +53,8 @@ __all__ = [
     "ModeWarning",
     "OptionError",
     "OverrideError",
+    "PackageError",
+    "Packaged",
     "Report",
     "Site",
     "VerifyError",
@@ -63,9 +69,11 @@ __all__ = [
     "exportable",
     "invalidate",
     "load",
+    "load_package",
     "model_is_exported",
     "move_exported_model_to_eval",
     "move_exported_model_to_train",
+    "package",
     "restore_literals",
     "save",
     "set_mode",

@@ -104,6 +104,10 @@ class ExportedFile(ArchiveError):
     """The file is what torch.export.load() reads."""
 
 
+class PackageError(CompileModesError):
+    """A module can't be packaged as it is asked, or a packaged one can't do what its state or its flags ask for."""
+
+
 class WarmupError(CompileModesError):
     """A module can't be warmed up, or a call of it has failed on the way; its state is as it was."""
 

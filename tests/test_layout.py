@@ -15,7 +15,7 @@ FLOORS = [
     {"graph"},
     {"archive", "forms"},
     {"exported", "backend"},
-    {"warming"},
+    {"warming", "package"},
     {"cli", "__init__"},
     {"__main__"},
 ]

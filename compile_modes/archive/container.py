@@ -153,6 +153,16 @@ class Reader:
         """The bytes of a record. Raises KeyError if there is none, zipfile.BadZipFile if they have changed."""
         return self._archive.read(self._infos[name])
 
+    def size(self, name: str) -> int:
+        """How many bytes a record has."""
+        return self._infos[name].file_size
+
+    def check(self, name: str) -> None:
+        """Reads a record to its end; raises zipfile.BadZipFile if it has changed."""
+        with self._archive.open(self._infos[name]) as stream:
+            while stream.read(_CHUNK):
+                pass
+
     def tensor(self, name: str) -> torch.Tensor:
         """The bytes of a record as a flat uint8 tensor with a storage of its own."""
         info, start = self._infos[name], 0

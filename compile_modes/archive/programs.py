@@ -149,6 +149,8 @@ def _stand_in(value: Any) -> Any:
 
 def _header(reader: Reader) -> dict[str, Any]:
     header = json.loads(reader.read(HEADER))
+    if "package" in header:
+        raise messages.IS_PACKAGE.error()
     version = header["format"]
     if not isinstance(version, int) or version < 1:
         raise ValueError(f"format {version!r}")

@@ -83,7 +83,7 @@ def _command(
     parser.add_argument(
         "--import", action="append", default=[], dest="imports", metavar="MODULE", help="import it first, for its ops"
     )
-    parser.set_defaults(run=lambda args: _guarded(run, args))
+    parser.set_defaults(run=lambda args: guarded(run, args))
     return parser
 
 
@@ -94,7 +94,7 @@ def _override(text: str) -> tuple[str, str]:
     return pattern, mode
 
 
-def _guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Runs a command; what is wrong with its input is said on stderr, without a traceback."""
     try:
         with warnings.catch_warnings():

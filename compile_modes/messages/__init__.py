@@ -3,6 +3,7 @@
 One file per group of codes; ``entry.py`` is the mechanism, ``page.py`` the page of all. May import ``errors`` and
 ``_compat``. The others take entries by name: ``raise messages.NO_GRAPH.error(kind=...)``.
 
+- CM0xx ``packages.py``: packages, compiled ahead of time
 - CM1xx ``requests.py``: what was asked for: modes, overrides, options
 - CM2xx ``binding.py``: binding and baking
 - CM3xx ``exporting.py``: exporting both modes
@@ -31,6 +32,7 @@ from compile_modes.messages.entry import warn as warn
 from compile_modes.messages.entry import warn_once as warn_once
 from compile_modes.messages.exporting import *  # noqa: F403
 from compile_modes.messages.files import *  # noqa: F403
+from compile_modes.messages.packages import *  # noqa: F403
 from compile_modes.messages.reasons import *  # noqa: F403
 from compile_modes.messages.remarks import *  # noqa: F403
 from compile_modes.messages.requests import *  # noqa: F403

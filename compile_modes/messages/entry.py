@@ -21,7 +21,7 @@ CATALOGUE: dict[str, "Message"] = {}
 # What warn_once() has said, and about what.
 WARNED: set[Any] = set()
 
-_CODE = re.compile(r"CM[1-9]\d\d")
+_CODE = re.compile(r"CM\d\d\d")
 # Frames of these are passed over in the search for the user's line. contextlib stands between frames of torch.
 _OURS = tuple(os.path.dirname(os.path.abspath(file)) + os.sep for file in (os.path.dirname(__file__), torch.__file__))
 _BETWEEN = (contextlib.__file__, "<eval_with_key>")

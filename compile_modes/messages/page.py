@@ -8,6 +8,7 @@ from compile_modes.messages import CATALOGUE
 from compile_modes.messages.entry import Message, Reason
 
 _GROUPS = {
+    "0": "Packages",
     "1": "What was asked for",
     "2": "Binding and baking",
     "3": "Exporting both modes",

@@ -1,6 +1,6 @@
 """CM9xx: the command line, and the tables that it and explain() draw."""
 
-from compile_modes.errors import ArchiveError, CompileModesError, OptionError
+from compile_modes.errors import ArchiveError, CompileModesError, OptionError, PackageError
 from compile_modes.messages.entry import Error
 
 NO_RICH = Error("CM901", "tables need rich, which is not installed", "pip install rich", raised=CompileModesError)
@@ -34,3 +34,17 @@ SEVERAL_PROGRAMS = Error(
     raised=ArchiveError,
 )
 EXISTS = Error("CM913", "the file exists", "name another one, or use --force", where="{file}", raised=ArchiveError)
+NO_EXAMPLES = Error(
+    "CM914",
+    "the file has no example arguments, or takes some by name",
+    "call compile_modes.package() with arguments; or export with positional ones",
+    where="{file}",
+    raised=PackageError,
+)
+NO_SUCH_LOSS = Error(
+    "CM915",
+    "there is no such function: {error}",
+    "pass --loss module:function, with the module on PYTHONPATH",
+    where="{name}",
+    raised=OptionError,
+)

@@ -1,0 +1,178 @@
+"""``package``: a model that trains and evaluates, compiled ahead of time, in one file."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from compile_modes import messages
+from compile_modes._compat import aoti
+from compile_modes.archive.container import FileLike
+from compile_modes.errors import few, summary
+from compile_modes.exported.exporting import export
+from compile_modes.exported.provenance import flags
+from compile_modes.graph.dual import DualModule
+from compile_modes.graph.finding import sites
+from compile_modes.graph.sites import BOUND
+from compile_modes.package import file as files
+from compile_modes.package.asking import TRAIN, asked, deciders, submodules, vectors
+from compile_modes.package.programs import Program, examples_of, program_of
+from compile_modes.package.signature import specialized
+from compile_modes.package.structure import tensors_of
+from compile_modes.package.weights import Pool, state_of
+
+
+def package(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    path: FileLike,
+    *,
+    modes: Sequence[str] | Mapping[str, Any] = ("train", "eval"),
+    loss: Callable[..., Any] | None = None,
+    targets: tuple[Any, ...] = (),
+    dynamic_shapes: Any = None,
+    options: Mapping[str, Any] | None = None,
+) -> None:
+    """Compiles a model ahead of time, in several modes over one set of weights, into one file that needs no Python.
+
+    The mode "train" computes the loss, the results and the gradient of each parameter, and writes the buffers that
+    training writes. Any other mode computes the results. :func:`load_package` reads the file, and so does LibTorch's
+    ``AOTIModelPackageLoader``, which finds a model of the name of each mode in it.
+
+    Args:
+        module: an eager module, of which :func:`export` makes one with both modes; or a bound module. It stays as
+            it is.
+        args: positional arguments to call it with: tensors, constants that are compiled in, and tuples, lists and dicts
+            of these.
+        path: the ``.pt2`` file to write. It appears whole or not at all.
+        modes: "train" and "eval", one or both; or the flags of each mode by its name, as globs of submodules:
+            ``{"train": "train", "mc": {"*.drop": "train", "*": "eval"}}``. The first glob that matches decides, ``*``
+            last; submodules that none matches are in eval mode.
+        loss: called as ``loss(outputs, *targets)``, gives a scalar tensor. Without, the first tensor that the module
+            returns is the loss.
+        targets: examples of what ``loss`` takes beside the outputs.
+        dynamic_shapes: of ``args``, for an eager module, as for ``torch.export.export``. Sizes of ``targets`` vary
+            where those of the arguments do. A bound module has the sizes of its program.
+        options: Inductor's options.
+
+    Raises:
+        PackageError: this torch has no ahead-of-time training, the loss is no scalar, a value has no place in a
+            package, or torch can't export or compile a mode.
+        OptionError: a mode is none, or two are the same.
+        OverrideError: a glob matches no submodule.
+        ExportError: the module can't be exported, see :func:`export`.
+        ArchiveError: the file can't be written.
+    """
+    wanted = asked(modes)
+    given = _check(options, loss, targets, wanted)
+    bound = _bound(module, args, dynamic_shapes)
+    flagged = vectors(bound, wanted)
+    named = submodules(bound)
+    pool = Pool()
+    state = state_of(bound, named, pool)
+    device = next((t.device for t in (*bound.parameters(), *bound.buffers())), torch.device("cpu"))
+    examples = examples_of(bound, args, targets, _names(bound, len(args)))
+    programs = {mode: program_of(bound, mode, vector, examples, loss) for mode, vector in flagged.items()}
+    code: dict[str, list[str]] = {}
+    described: dict[str, Any] = {}
+    for mode, program in programs.items():
+        code[mode], constants = _compiled(mode, program, given)
+        known = {entry["name"] for entry in state}
+        held = {name: pool.add_constant(name, value) for name, value in constants.items() if name not in known}
+        reads = [name for name in constants if name in known]
+        described[mode] = _described(program, flagged[mode], held, reads)
+    start = next((mode for mode, vector in flagged.items() if _same(bound, vector)), next(iter(flagged)))
+    files.write(path, _header(bound, state, pool, described, examples.nodes, start, device), code, pool)
+
+
+def _check(options: Any, loss: Any, targets: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """What can be said before anything is exported; returns the options."""
+    if lacking := aoti.missing():
+        raise messages.NO_AOT_TRAINING.error(torch=torch.__version__, name=lacking)
+    if loss is not None and not callable(loss):
+        raise messages.NOT_A_LOSS.error(kind=type(loss).__name__)
+    if not isinstance(targets, tuple) or (targets and loss is None) or (loss is not None and TRAIN not in wanted):
+        raise messages.TARGETS_WITHOUT_LOSS.error()
+    given = dict(options or {})
+    if taken := sorted(set(given) & set(aoti.fixed_options())):
+        raise messages.FIXED_OPTION.error(names=few(taken))
+    return given
+
+
+def _bound(module: nn.Module, args: tuple[Any, ...], dynamic_shapes: Any) -> nn.Module:
+    module = getattr(module, "_orig_mod", module)
+    if not isinstance(args, tuple):
+        raise messages.ARGS_NO_TUPLE.error(kind=type(args).__name__)
+    if isinstance(module, DualModule) or getattr(module, "meta", {}).get(BOUND):
+        if dynamic_shapes is not None:
+            raise messages.SHAPES_OF_BOUND.error()
+        return module
+    return export(module, args, dynamic_shapes=dynamic_shapes, progress=False)
+
+
+def _names(bound: nn.Module, count: int) -> list[str]:
+    """The names of positional arguments, as far as the module says them."""
+    signature = vars(bound).get("__signature__")
+    names = list(signature.parameters) if signature is not None else []
+    return names[:count] + [f"input{i}" for i in range(len(names), count)]
+
+
+def _compiled(mode: str, program: Program, options: dict[str, Any]) -> tuple[list[str], dict[str, torch.Tensor]]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)  # of torch's, about its own code
+        try:
+            made = aoti.compile_ahead(program.exported, program.tensors, options)
+            fixed = specialized(program.signature, program.exported)
+        except Exception as error:  # torch raises whatever it comes across, its compiler too
+            raise messages.NOT_COMPILABLE.error(mode=mode, error=summary(error)) from error
+    if fixed:
+        raise messages.SPECIALIZED.error(mode=mode, inputs=few(fixed))
+    return made
+
+
+def _described(
+    program: Program, vector: dict[str, bool], constants: dict[str, int], reads: list[str]
+) -> dict[str, Any]:
+    return {
+        "flags": vector,
+        "signature": program.signature.to_json(),
+        "outputs": program.outputs,
+        "results": len(list(tensors_of(program.outputs))),
+        "loss": program.loss,
+        "gradients": program.gradients,
+        "writes": program.writes,
+        "reads": reads,
+        "constants": constants,
+    }
+
+
+def _same(bound: nn.Module, vector: Mapping[str, bool]) -> bool:
+    present = flags(bound)
+    return all(present.get(name) is mode for name, mode in vector.items())
+
+
+def _header(
+    bound: nn.Module,
+    state: list[dict[str, Any]],
+    pool: Pool,
+    modes: dict[str, Any],
+    nodes: tuple[Any, Any],
+    start: str,
+    device: torch.device,
+) -> dict[str, Any]:
+    found = [{"op": s.op.family, "owner": s.owner, "bound": s.bound, "training": s.training} for s in sites(bound)]
+    return {
+        "machine": aoti.machine(device),
+        "modules": submodules(bound),
+        "deciders": deciders(bound),
+        "state": state,
+        "tensors": pool.tensors,
+        "args": nodes[0],
+        "targets": nodes[1],
+        "names": _names(bound, len(nodes[0]["tuple"])),
+        "modes": modes,
+        "start": start,
+        "sites": found,
+    }

@@ -1,0 +1,163 @@
+"""What a compiled mode takes: dtype, sizes and layout of each tensor. Found of a program, and checked at each call.
+
+AOTInductor checks none of it: a tensor with other strides gives a wrong result without a word.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from compile_modes import messages
+
+# A size: a number; or a symbol, a factor and a summand.
+Size = int | list[Any]
+
+
+@dataclass(frozen=True)
+class Input:
+    """A tensor that a mode takes; always contiguous. The device is "cpu" or the package's own."""
+
+    name: str
+    dtype: str
+    device: str
+    sizes: list[Size]
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype}[{', '.join(map(spelled, self.sizes))}]"
+
+
+def spelled(size: Size) -> str:
+    """A size as it is shown: ``8``, ``s0``, ``2*s0 + 1``."""
+    if isinstance(size, int):
+        return str(size)
+    symbol, times, plus = size
+    return f"{f'{times}*' if times != 1 else ''}{symbol}{f' + {plus}' if plus else ''}"
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The tensors that a mode takes, in order, and the least and the greatest value of each symbol (None: any)."""
+
+    inputs: list[Input]
+    ranges: dict[str, list[int | None]]
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, held: dict[str, Any]) -> "Signature":
+        """The reverse of :meth:`to_json`."""
+        inputs = [Input(one["name"], one["dtype"], one["device"], list(one["sizes"])) for one in held["inputs"]]
+        return cls(inputs, dict(held["ranges"]))
+
+    def fitted(self, tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+        """Tensors as they were compiled for: contiguous, and without autograd.
+
+        Raises:
+            CallError: one has another dtype, device or size.
+        """
+        symbols: dict[str, int] = {}
+        for one, tensor in zip(self.inputs, tensors, strict=True):
+            there = device if one.device == device.type else torch.device(one.device)
+            if str(tensor.dtype) != f"torch.{one.dtype}" or tensor.device != there or tensor.layout != torch.strided:
+                given = f"{tensor.dtype} on {tensor.device}".removeprefix("torch.")
+                raise messages.INPUT_KIND.error(name=one.name, given=given, wanted=f"{one.dtype} on {there}")
+            if tensor.dim() != len(one.sizes) or not self._fits(one, tensor, symbols):
+                raise messages.INPUT_SIZE.error(given=tuple(tensor.shape), wanted=self._wanted(one), name=one.name)
+        return [_plain(tensor) for tensor in tensors]
+
+    def _fits(self, one: Input, tensor: torch.Tensor, symbols: dict[str, int]) -> bool:
+        for size, given in zip(one.sizes, tensor.shape, strict=True):
+            if isinstance(size, int):
+                if size != given:
+                    return False
+                continue
+            symbol, times, plus = size
+            value, rest = divmod(given - plus, times)
+            low, high = self.ranges[symbol]
+            inside = (low is None or low <= value) and (high is None or value <= high)
+            if rest or not inside or symbols.setdefault(symbol, value) != value:
+                return False
+        return True
+
+    def _wanted(self, one: Input) -> str:
+        shown = ", ".join(map(spelled, one.sizes))
+        used = [size[0] for size in one.sizes if not isinstance(size, int)]
+        bounds = [f"{name} from {low} to {high}" for name in used for low, high in [self.ranges[name]]]
+        return f"({shown})" + (f", {', '.join(bounds)}, the same in all inputs" if bounds else "")
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    # Triton's kernels were compiled for tensors that begin at such an address.
+    return tensor.clone() if tensor.is_cuda and tensor.data_ptr() % 16 else tensor
+
+
+def signature_of(program: ExportedProgram, names: Sequence[str], least: Sequence[Sequence[int | None]]) -> Signature:
+    """The signature of an exported program whose inputs are tensors.
+
+    Args:
+        program: the program.
+        names: what to call its inputs.
+        least: the least value of each size of each input that was asked for, None where nothing was. Export says 2
+            where it has only taken care that a size isn't 0 or 1.
+
+    Raises:
+        PackageError: a size depends on others in a way that isn't linear.
+    """
+    ranges: dict[str, list[int | None]] = {}
+    asked: dict[str, int] = {}
+    given = zip(
+        program.graph_module.graph.find_nodes(op="placeholder"), program.graph_signature.input_specs, strict=True
+    )
+    values = [node.meta["val"] for node, spec in given if spec.kind is InputKind.USER_INPUT]
+    found = []
+    for name, value, lows in zip(names, values, least, strict=True):
+        sizes = [_size(program, name, size, ranges) for size in value.shape]
+        found.append(Input(name, str(value.dtype).removeprefix("torch."), value.device.type, sizes))
+        for size, low in zip(sizes, lows, strict=True):
+            if not isinstance(size, int) and size[1:] == [1, 0] and low is not None:
+                asked[size[0]] = max(low, asked.get(size[0], 0))
+    for symbol, bounds in ranges.items():
+        if bounds[0] == 2 and symbol in asked:
+            bounds[0] = asked[symbol]
+    return Signature(found, ranges)
+
+
+def specialized(signature: Signature, program: ExportedProgram) -> list[str]:
+    """The inputs of which torch has fixed a size since that was to vary."""
+    nodes, specs = program.graph_module.graph.find_nodes(op="placeholder"), program.graph_signature.input_specs
+    values = [n.meta["val"] for n, spec in zip(nodes, specs, strict=True) if spec.kind is InputKind.USER_INPUT]
+    found = []
+    for one, value in zip(signature.inputs, values, strict=True):
+        now = [_size(program, one.name, size, {}) for size in value.shape]
+        if now != one.sizes:
+            found.append(f"{one} is now [{', '.join(map(spelled, now))}]")
+    return found
+
+
+def _size(program: ExportedProgram, name: str, size: int | torch.SymInt, ranges: dict[str, list[int | None]]) -> Size:
+    if isinstance(size, int):
+        return size
+    expression: Any = size.node.expr
+    if expression.is_Integer:
+        return int(expression)
+    free = list(expression.free_symbols)
+    if len(free) == 1:
+        (symbol,) = free
+        times, plus = expression.coeff(symbol, 1), expression.subs(symbol, 0)
+        if times.is_Integer and plus.is_Integer and times > 0 and expression - times * symbol - plus == 0:
+            bounds = program.range_constraints.get(symbol)
+            low, high = (bounds.lower, bounds.upper) if bounds is not None else (expression * 0, expression)
+            ranges[str(symbol)] = [_number(low), _number(high)]
+            return [str(symbol), int(times), int(plus)]
+    raise messages.STRANGE_SIZE.error(size=expression, name=name)
+
+
+def _number(bound: Any) -> int | None:
+    return int(bound) if bound.is_Integer else None
