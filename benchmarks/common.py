@@ -91,4 +91,4 @@ def bars(axes: Any, labels: Sequence[str], values: Mapping[str, Sequence[float]]
     axes.margins(x=0.12)
     if len(values) > 1:
         axes.axvline(1.0, color="black", linewidth=0.6)
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, ncols=len(values), loc="lower right", bbox_to_anchor=(1.0, 1.0), frameon=False)

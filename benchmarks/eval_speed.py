@@ -1,6 +1,7 @@
 """Eval without gradients: eager, stock torch.compile, Inductor's freezing (stale after any write: the ceiling), ours.
 
     python -m benchmarks.eval_speed [--models resnet18 mobilenet_v2] [--batches 1 8] [--rounds N] [--json FILE]
+        [--plot FILE]
 
 One process, one thread, random weights, 224 px. Contenders are called in turn; medians. "auto" and "strict" are
 ``options={"freeze": ...}``. The error is the largest difference from eager, relative to eager's largest output. "peak"
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import MIB, finish, markdown, options, peak, short
+from benchmarks.common import MIB, bars, finish, markdown, options, peak, short
 from benchmarks.eval_models import MODELS, build, contenders, settle, timed
 from compile_modes.forms.deploy.running import DEPLOYED
 
@@ -59,13 +60,18 @@ def mean(figures: dict[str, dict[str, Any]], batch: int, peer: str) -> str:
     return f"{math.exp(sum(map(math.log, ratios)) / len(ratios)):.2f}"
 
 
+def draw(axes: Any, figures: dict[str, dict[str, Any]]) -> None:
+    speeds = {n: [f["ms"]["stock"] / f["ms"][n] for f in figures.values()] for n in ("freezing", "auto", "strict")}
+    bars(axes, list(figures), speeds, "times the speed of stock torch.compile")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--size", type=int, default=224)
-    arguments = options(parser, "torchvision")
+    arguments = options(parser, "torchvision", plots=True)
     figures = {}
     with torch.no_grad():
         for name in arguments.models:
@@ -77,7 +83,7 @@ def main() -> None:
     for batch in arguments.batches:
         means = f"{mean(figures, batch, 'stock')} over stock, {mean(figures, batch, 'freezing')} over freezing"
         print(f"geometric means, batch {batch}: auto is {means}")
-    finish(arguments, figures)
+    finish(arguments, figures, lambda ax: draw(ax, figures))
 
 
 if __name__ == "__main__":

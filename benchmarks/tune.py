@@ -1,6 +1,6 @@
 """What folding eval-mode batch norms saves in training with frozen statistics, and what it costs.
 
-    python -m benchmarks.tune [--models resnet18 resnet50 ...] [--repeats N] [--contiguous] [--json FILE]
+    python -m benchmarks.tune [--models resnet18 resnet50 ...] [--repeats N] [--contiguous] [--json FILE] [--plot FILE]
 
 All parameters train, batch norms are in eval. Contenders: stock ``torch.compile``; ours, without and with the option
 ``tune``; stock with Inductor's own ``efficient_conv_bn_eval_fx_passes``. All are compiled in one process, then take
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import MIB, finish, markdown, options, peak
+from benchmarks.common import MIB, bars, finish, markdown, options, peak
 
 MODELS = ("resnet18", "resnet50", "regnet_x_400mf", "mobilenet_v2", "efficientnet_b0")
 CONTENDERS = ("stock", "ours", "tune", "Inductor's pass")
@@ -126,6 +126,16 @@ def row(name: str, contender: str, found: dict[str, dict[str, float]]) -> list[s
     return [name, contender, *figures, f"{own['step'] * 1e3:.0f}", f"{own['ratio']:.3f}", f"{own['error']:.0e}"]
 
 
+def draw(axes: Any, figures: dict[str, Any]) -> None:
+    """What ``tune`` saves for the backward pass, has allocated at most, and takes, of stock's."""
+    shown = {
+        "saved": [f["tune"]["saved"] / f["stock"]["saved"] for f in figures.values()],
+        "peak": [f["tune"]["peak"] / f["stock"]["peak"] for f in figures.values()],
+        "time": [f["tune"]["ratio"] for f in figures.values()],
+    }
+    bars(axes, list(figures), shown, "of stock torch.compile's, with tune")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS)
@@ -133,7 +143,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--contiguous", action="store_true")
-    arguments = options(parser, "torchvision")
+    arguments = options(parser, "torchvision", plots=True)
     layout = torch.contiguous_format if arguments.contiguous else torch.channels_last
     x = torch.randn(arguments.batch, 3, arguments.size, arguments.size, generator=torch.Generator().manual_seed(0))
     figures: dict[str, Any] = {}
@@ -143,7 +153,7 @@ def main() -> None:
         figures[name] = measured(name, arguments.repeats, x, layout)
         rows += [row(name, contender, figures[name]) for contender in CONTENDERS]
         print(markdown(["model", "", *COLUMNS], rows[-len(CONTENDERS) :]), flush=True)
-    finish(arguments, figures)
+    finish(arguments, figures, lambda ax: draw(ax, figures))
 
 
 if __name__ == "__main__":
