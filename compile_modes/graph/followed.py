@@ -1,4 +1,4 @@
-"""What autograd follows in a graph that is not differentiated yet."""
+"""What autograd follows: in a graph that is not differentiated yet, and from results that were computed."""
 
 from collections.abc import Sequence
 
@@ -35,3 +35,18 @@ def _follows(body: Body, node: fx.Node, grad: bool, followed: set[fx.Node]) -> b
     if node.op in ("placeholder", "get_attr"):
         return _compat.may_require_grad(node)
     return grad and any(operand in followed for operand in node.all_input_nodes)
+
+
+def leaves(results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The leaves that autograd would accumulate gradients into: parameters, inputs, and tensors from anywhere else."""
+    found: dict[int, torch.Tensor] = {id(t): t for t in results if t.grad_fn is None}
+    seen, waiting = set(), [t.grad_fn for t in results]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(leaf := getattr(node, "variable", None), torch.Tensor):
+            found[id(leaf)] = leaf
+        waiting += [following for following, _ in node.next_functions]
+    return list(found.values())

@@ -164,6 +164,13 @@ SPECIALIZED = Error(
     raised=PackageError,
 )
 # Those of files get their place from container.reading().
+HELD_BY_LOSS = Error(
+    "CM025",
+    "the loss uses what trains, or writes to what it holds, beside the outputs and the targets: {held}",
+    "compute that part in the model and return it, and let loss() take it from there",
+    where="loss",
+    raised=PackageError,
+)
 NO_PACKAGE = Error(
     "CM030",
     "the file was written by save(), and holds no compiled code",

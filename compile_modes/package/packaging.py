@@ -18,6 +18,7 @@ from compile_modes.graph.finding import sites
 from compile_modes.graph.sites import BOUND
 from compile_modes.package import file as files
 from compile_modes.package.asking import TRAIN, asked, deciders, submodules, vectors
+from compile_modes.package.losses import check_loss
 from compile_modes.package.programs import Program, examples_of, program_of
 from compile_modes.package.signature import specialized
 from compile_modes.package.structure import tensors_of
@@ -74,6 +75,8 @@ def package(
     state = state_of(bound, named, pool)
     device = next((t.device for t in (*bound.parameters(), *bound.buffers())), torch.device("cpu"))
     examples = examples_of(bound, args, targets, _names(bound, len(args)))
+    if loss is not None:
+        check_loss(bound, flagged[TRAIN], examples, loss)
     programs = {mode: program_of(bound, mode, vector, examples, loss) for mode, vector in flagged.items()}
     code: dict[str, list[str]] = {}
     described: dict[str, Any] = {}

@@ -76,10 +76,13 @@ class Seen:
 class Step(nn.Module):
     """A call of a module whose arguments and results are tensors, and a loss in front of the results."""
 
+    _loss: Callable[..., Any] | None
+
     def __init__(self, module: nn.Module, examples: Examples, loss: Callable[..., Any] | None, training: bool) -> None:
         super().__init__()
         self.module = module
-        self._examples, self._loss, self._trains = examples, loss, training
+        self._examples, self._trains = examples, training
+        self.__dict__["_loss"] = loss  # no submodule, whose state would be one with the model's
         self.seen = Seen()
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -115,7 +115,7 @@ class Mode:
 
     def evaluated(self, tensors: list[torch.Tensor]) -> Any:
         """What the module returns."""
-        return build(self.outputs, self.run(tensors))
+        return build(self.outputs, _apart(self.run(tensors), tensors))
 
     def trained(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, Any]:
         """The loss, which takes gradients back to the parameters, and what the module returns, which doesn't."""
@@ -130,7 +130,7 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mode: Mode, tensors: list[torch.Tensor], *parameters: torch.Tensor) -> Any:
         loss, *rest = mode.run(tensors)
-        results, gradients = rest[: mode.results], rest[mode.results :]
+        results, gradients = _apart(rest[: mode.results], [*tensors, loss]), rest[mode.results :]
         wanted = zip(_apart(gradients, [*tensors, loss, *results]), ctx.needs_input_grad[2:], strict=True)
         ctx.gradients = [gradient if asked else None for gradient, asked in wanted]
         ctx.mark_non_differentiable(*results)
@@ -150,16 +150,17 @@ class _Step(torch.autograd.Function):
         return (None, None, *gradients)
 
 
-def _apart(gradients: list[torch.Tensor], others: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Gradients in memory of their own, for optimizers write into them.
+def _apart(given: list[torch.Tensor], others: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Results in memory of their own, for callers write into them, and optimizers into gradients.
 
-    A library returns one tensor for several parameters of equal gradients, and an argument where that is the gradient.
+    A library returns one tensor for several equal ones (gradients of a sum, a loss that is an output too), and an
+    argument where that is the result, or a clone of it.
     """
     seen = {tensor.untyped_storage().data_ptr() for tensor in others}
     found = []
-    for gradient in gradients:
-        at = gradient.untyped_storage().data_ptr()
-        found.append(gradient.clone() if at in seen else gradient)
+    for tensor in given:
+        at = tensor.untyped_storage().data_ptr()
+        found.append(tensor.clone() if at in seen else tensor)
         seen.add(at)
     return found
 

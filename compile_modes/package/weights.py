@@ -58,10 +58,9 @@ class Pool:
 
     def add_constant(self, name: str, tensor: torch.Tensor) -> int:
         """Takes in a tensor that nobody writes: of equal ones, one is kept."""
-        value = tensor.detach().contiguous()
+        value = tensor.detach()  # as it lies, which the compiled code takes for granted
         for index, known in enumerate(self._kept):
-            alike = (known.dtype, known.shape, known.device) == (value.dtype, value.shape, value.device)
-            if self.tensors[index]["constant"] and alike and torch.equal(known, value):
+            if self.tensors[index]["constant"] and _like(known) == _like(value) and torch.equal(known, value):
                 return index
         index = self.add(name, value)
         self.tensors[index]["constant"] = True
@@ -84,6 +83,10 @@ class Pool:
         """Writes all records."""
         for name, flat in self._bytes.items():
             writer.write_tensor(name, flat)
+
+
+def _like(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.device
 
 
 def read(reader: Reader, tensors: list[Meta], device: torch.device) -> list[torch.Tensor]:

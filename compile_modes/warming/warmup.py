@@ -18,6 +18,7 @@ from compile_modes.console import progress as progress_bar
 from compile_modes.errors import CompileModesError, summary
 from compile_modes.exported.observing import plain
 from compile_modes.forms.deploy.running import CALLS, DEPLOYED
+from compile_modes.graph.followed import leaves
 from compile_modes.graph.requests import MODES, check_overrides, owner_matches
 from compile_modes.graph.snapshot import Snapshot
 from compile_modes.warming.background import Warmup, start
@@ -258,12 +259,12 @@ def _sharded(module: nn.Module) -> list[Any]:
 def _differentiate(outputs: Any, accumulate: bool) -> None:
     """Runs backward from all outputs to all leaves, without accumulating into ``.grad`` unless ``accumulate``."""
     roots = [t for t in _tensors(outputs) if t.requires_grad]
-    leaves = _leaves(roots)
+    found = leaves(roots)
     ones = [torch.ones_like(t) for t in roots]
     if accumulate:  # fully_shard puts parameters away when their gradients arrive
         torch.autograd.backward(roots, ones)
-    elif leaves:
-        torch.autograd.grad(roots, leaves, ones, allow_unused=True)
+    elif found:
+        torch.autograd.grad(roots, found, ones, allow_unused=True)
 
 
 def _tensors(outputs: Any) -> Iterator[torch.Tensor]:
@@ -272,18 +273,3 @@ def _tensors(outputs: Any) -> Iterator[torch.Tensor]:
             yield value
         elif dataclasses.is_dataclass(value):
             yield from _tensors([getattr(value, field.name) for field in dataclasses.fields(value)])
-
-
-def _leaves(roots: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The leaves that autograd would accumulate gradients into: parameters, inputs, and tensors from anywhere else."""
-    found: dict[int, torch.Tensor] = {id(t): t for t in roots if t.grad_fn is None}
-    seen, waiting = set(), [t.grad_fn for t in roots]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if isinstance(leaf := getattr(node, "variable", None), torch.Tensor):
-            found[id(leaf)] = leaf
-        waiting += [following for following, _ in node.next_functions]
-    return list(found.values())

@@ -284,3 +284,33 @@ def test_gradients_are_in_memory_of_their_own():
         gradient.mul_(2)
     assert [g.tolist() for g in found] == [[2.0] * 4, [2.0] * 4, [0.0, 2.0, 4.0, 6.0], [2.0, 4.0, 6.0]]
     assert argument.tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
+class Echo(nn.Module):
+    """Returns what a library may have once only: clones of the input, and the loss among the outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.table = nn.Linear(4, 4), torch.arange(12.0).view(3, 4).t()
+
+    def forward(self, x):
+        y = self.linear(x)
+        return {"loss": y.square().mean(), "copy": x.clone(), "table": y[:, :3] + self.table}
+
+
+@pytest.mark.slow
+def test_results_are_in_memory_of_their_own_and_constants_lie_as_they_did(tmp_path):
+    model, x = Echo(), torch.randn(4, 4)
+    cm.package(model, (x,), tmp_path / "echo.pt2")
+    packed, kept = cm.load_package(tmp_path / "echo.pt2"), x.clone()
+    loss, outputs = packed.train()(x)
+    loss.backward()
+    model(x)["loss"].backward()
+    torch.testing.assert_close(packed.linear.weight.grad, model.linear.weight.grad)
+    evaluated = packed.eval()(x)
+    for name, expected in model(x).items():
+        torch.testing.assert_close(outputs[name], expected)
+        torch.testing.assert_close(evaluated[name], expected)
+    outputs["copy"].fill_(9.0)
+    evaluated["copy"].fill_(9.0)
+    assert torch.equal(x, kept)

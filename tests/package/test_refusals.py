@@ -152,3 +152,66 @@ def test_the_model_is_not_touched(faked, tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(state, torch.get_rng_state())
+
+
+class WithParameter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.variance = nn.Parameter(torch.zeros(()))
+
+    def forward(self, outputs, target):
+        return (outputs - target).square().mean() * torch.exp(-self.variance) + self.variance
+
+
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, outputs, target):
+        self.calls.add_(1)
+        return (outputs - target).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "says"),
+    [
+        (lambda model: WithParameter(), "'variance'"),
+        (lambda model: Counts(), "the buffer 'calls'"),
+        (lambda model: lambda o, y: (o - y).square().mean() + model.weight.square().sum(), "'weight'"),
+        (lambda model: lambda o, y: (o @ torch.ones(2, 1, requires_grad=True)).sum(), r"shape \(2, 1\)"),
+    ],
+    ids=["module", "buffer", "closure", "tensor"],
+)
+def test_a_loss_that_holds_what_trains_is_refused(loss, says, faked, tmp_path):
+    """torch.export would make a constant of it, and its gradient would be missing without a word."""
+    model, generator = nn.Linear(4, 2), torch.get_rng_state()
+    with pytest.raises(cm.PackageError, match=f"CM025: .*{says}"):
+        cm.package(
+            model,
+            (torch.ones(3, 4),),
+            tmp_path / "x.pt2",
+            loss=loss(model),
+            targets=(torch.ones(3, 2),),
+            modes=["train"],
+        )
+    assert not (tmp_path / "x.pt2").exists()
+    assert torch.equal(generator, torch.get_rng_state())
+
+
+def test_a_loss_with_class_weights_is_none_of_those(faked, tmp_path):
+    """Nor are its names the model's."""
+
+    class Named(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 3)
+            self._loss = nn.Module()
+            self._loss.register_buffer("weight", torch.tensor([1.0, 2.0, 3.0]))
+
+        def forward(self, x):
+            return super().forward(x) * self._loss.weight
+
+    model, loss = Named(), nn.CrossEntropyLoss(weight=torch.tensor([5.0, 1.0, 0.1]))
+    x, y = torch.randn(6, 4), torch.randint(0, 3, (6,))
+    cm.package(model, (x,), tmp_path / "x.pt2", loss=loss, targets=(y,), modes=["train"])
+    torch.testing.assert_close(cm.load_package(tmp_path / "x.pt2")(x, y)[0], loss(model(x), y))
