@@ -163,7 +163,6 @@ SPECIALIZED = Error(
     where="modes[{mode!r}]",
     raised=PackageError,
 )
-# Those of files get their place from container.reading().
 HELD_BY_LOSS = Error(
     "CM025",
     "the loss uses what trains, or writes to what it holds, beside the outputs and the targets: {held}",
@@ -171,6 +170,7 @@ HELD_BY_LOSS = Error(
     where="loss",
     raised=PackageError,
 )
+# Those of files get their place from container.reading().
 NO_PACKAGE = Error(
     "CM030",
     "the file was written by save(), and holds no compiled code",
