@@ -118,6 +118,11 @@ def joint(program: ExportedProgram, parameters: set[str]) -> ExportedProgram:
     return made
 
 
+def guards(program: ExportedProgram) -> list[str]:
+    """What the inputs of an exported program have to obey beside the ranges of their sizes, in Python's words."""
+    return list(program._guards_code)
+
+
 def compile_ahead(
     program: ExportedProgram, inputs: Sequence[torch.Tensor], options: Mapping[str, Any]
 ) -> tuple[list[str], dict[str, torch.Tensor]]:

@@ -170,6 +170,13 @@ HELD_BY_LOSS = Error(
     where="loss",
     raised=PackageError,
 )
+STRANGE_CONDITION = Error(
+    "CM026",
+    "the model asks something of its arguments that a package can't check: {condition}",
+    "leave what it is about out of dynamic_shapes",
+    where="dynamic_shapes",
+    raised=PackageError,
+)
 # Those of files get their place from container.reading().
 NO_PACKAGE = Error(
     "CM030",
@@ -291,5 +298,26 @@ NO_COPIES = Error(
     "CM050",
     "a loaded package can be neither copied nor pickled",
     "load the file again, and give it the weights by load_state_dict()",
+    raised=PackageError,
+)
+CONDITION = Error(
+    "CM051",
+    "the model was compiled for sizes such that {condition}; given are {sizes}",
+    "pass such sizes, or let fewer of them vary in dynamic_shapes",
+    where="the arguments",
+    raised=CallError,
+)
+SUBMODULE_REPLACED = Error(
+    "CM052",
+    "the submodule isn't the one that was loaded: a package runs its own code, whatever takes a place in it",
+    "put it back, and give it values by load_state_dict(); or package the model with the other one",
+    where="{name}",
+    raised=PackageError,
+)
+WEIGHT_GONE = Error(
+    "CM053",
+    "the weight isn't there any more, and the package's code needs it",
+    "put it back: parametrizations and pruning belong to the model, before it is packaged",
+    where="{name}",
     raised=PackageError,
 )

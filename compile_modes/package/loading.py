@@ -13,7 +13,7 @@ from compile_modes.archive.container import reading
 from compile_modes.errors import few, summary
 from compile_modes.package import weights
 from compile_modes.package.file import read_header
-from compile_modes.package.packaged import Packaged
+from compile_modes.package.packaged import Packaged, submodule
 from compile_modes.package.running import Mode, State, place, slots, tied
 from compile_modes.package.signature import Signature
 
@@ -81,7 +81,7 @@ def _assembled(header: dict[str, Any], tensors: list[torch.Tensor], device: torc
             trains = bool(entry["requires_grad"])
             made[index] = nn.Parameter(tensors[index], trains) if entry["parameter"] else tensors[index]
         parent, _, leaf = str(entry["name"]).rpartition(".")
-        holder = module.get_submodule(parent)
+        holder = submodule(module, parent)
         if entry["parameter"]:
             holder._parameters[leaf] = made[index]  # type: ignore[assignment]
         else:

@@ -31,6 +31,7 @@ class Packaged(nn.Module):
     _package: dict[str, Any]
     _deciders: list[nn.Module]
     _named: dict[tuple[bool, ...], str]
+    _places: list[tuple[str, dict[str, nn.Module | None], str, nn.Module]]
 
     def __init__(self, header: Mapping[str, Any]) -> None:
         """Makes the submodules, without state and code."""
@@ -40,9 +41,14 @@ class Packaged(nn.Module):
         for name, first in header["modules"].items():
             if name:
                 parent, _, leaf = name.rpartition(".")
-                module = nn.Module() if first == name else self.get_submodule(first)
-                self.get_submodule(parent)._modules[leaf] = module
-        self.__dict__["_deciders"] = [self.get_submodule(name) for name in header["deciders"]]
+                module = nn.Module() if first == name else submodule(self, first)
+                submodule(self, parent)._modules[leaf] = module
+        self.__dict__["_deciders"] = [submodule(self, name) for name in header["deciders"]]
+        self.__dict__["_places"] = [
+            (name, submodule(self, name.rpartition(".")[0])._modules, name.rpartition(".")[2], submodule(self, name))
+            for name in header["modules"]
+            if name
+        ]
         vectors = {name: mode["flags"] for name, mode in header["modes"].items()}
         self.__dict__["_named"] = {
             tuple(vector[owner] for owner in header["deciders"]): name for name, vector in vectors.items()
@@ -64,7 +70,7 @@ class Packaged(nn.Module):
             modes = ", ".join(map(repr, self._package["modes"]))
             raise messages.NOT_PACKAGED.error(mode=name, modes=modes)
         for owner, training in self._package["modes"][name]["flags"].items():
-            self.get_submodule(owner).training = training
+            submodule(self, owner).training = training
         return self
 
     @torch.compiler.disable
@@ -72,11 +78,14 @@ class Packaged(nn.Module):
         """Calls the code of the present mode.
 
         Raises:
-            PackageError: no mode of the package has the present flags, or a weight was replaced by one that its code
-                can't take.
+            PackageError: no mode of the package has the present flags, a submodule was replaced, or a weight by one
+                that its code can't take.
             CallError: the arguments are others than were compiled for.
         """
         mode = self._present()
+        for name, held, leaf, module in self._places:
+            if held.get(leaf) is not module:
+                raise messages.SUBMODULE_REPLACED.error(name=name)
         tensors = self._tensors(mode, args, kwargs)
         device = torch.device(self._package["device"])
         fitted = mode.signature.fitted(tensors, device)
@@ -133,3 +142,12 @@ class Packaged(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise messages.NO_COPIES.error()
+
+
+def submodule(module: nn.Module, path: str) -> nn.Module:
+    """A submodule by its path, whatever else has its name: a package may hold one called ``mode``."""
+    for part in path.split(".") if path else ():
+        below = module._modules[part]
+        assert below is not None
+        module = below
+    return module

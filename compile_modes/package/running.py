@@ -44,7 +44,9 @@ class State:
     def get(self, name: str) -> torch.Tensor:
         """A parameter or buffer as it is now."""
         held, leaf = self.slots[name]
-        tensor: torch.Tensor = held[leaf]
+        tensor: torch.Tensor | None = held.get(leaf)
+        if tensor is None:
+            raise messages.WEIGHT_GONE.error(name=name)
         return tensor
 
     def check(self, name: str, tensor: torch.Tensor) -> None:

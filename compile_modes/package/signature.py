@@ -12,6 +12,9 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from compile_modes import messages
+from compile_modes._compat import aoti
+from compile_modes.errors import few
+from compile_modes.package.guards import conditions, holds
 
 # A size: a number; or a symbol, a factor and a summand.
 Size = int | list[Any]
@@ -40,10 +43,17 @@ def spelled(size: Size) -> str:
 
 @dataclass(frozen=True)
 class Signature:
-    """The tensors that a mode takes, in order, and the least and the greatest value of each symbol (None: any)."""
+    """The tensors that a mode takes, in order.
+
+    Attributes:
+        inputs: what each is.
+        ranges: the least and the greatest value of each symbol (None: any).
+        conditions: what sizes have to obey beside that, see :mod:`compile_modes.package.guards`.
+    """
 
     inputs: list[Input]
     ranges: dict[str, list[int | None]]
+    conditions: list[str]
 
     def to_json(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -53,7 +63,7 @@ class Signature:
     def from_json(cls, held: dict[str, Any]) -> "Signature":
         """The reverse of :meth:`to_json`."""
         inputs = [Input(one["name"], one["dtype"], one["device"], list(one["sizes"])) for one in held["inputs"]]
-        return cls(inputs, dict(held["ranges"]))
+        return cls(inputs, dict(held["ranges"]), list(held["conditions"]))
 
     def fitted(self, tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
         """Tensors as they were compiled for: contiguous, and without autograd.
@@ -69,6 +79,9 @@ class Signature:
                 raise messages.INPUT_KIND.error(name=one.name, given=given, wanted=f"{one.dtype} on {there}")
             if tensor.dim() != len(one.sizes) or not self._fits(one, tensor, symbols):
                 raise messages.INPUT_SIZE.error(given=tuple(tensor.shape), wanted=self._wanted(one), name=one.name)
+        for condition in self.conditions:
+            if not holds(condition, tensors):
+                raise messages.CONDITION.error(condition=condition, sizes=few(str(tuple(t.shape)) for t in tensors))
         return [_plain(tensor) for tensor in tensors]
 
     def _fits(self, one: Input, tensor: torch.Tensor, symbols: dict[str, int]) -> bool:
@@ -108,8 +121,12 @@ def signature_of(program: ExportedProgram, names: Sequence[str], least: Sequence
             where it has only taken care that a size isn't 0 or 1.
 
     Raises:
-        PackageError: a size depends on others in a way that isn't linear.
+        PackageError: a size depends on others in a way that isn't linear, or on what no call can be asked for.
     """
+    try:
+        wanted = conditions(aoti.guards(program))
+    except ValueError as error:
+        raise messages.STRANGE_CONDITION.error(condition=error) from None
     ranges: dict[str, list[int | None]] = {}
     asked: dict[str, int] = {}
     given = zip(
@@ -126,7 +143,7 @@ def signature_of(program: ExportedProgram, names: Sequence[str], least: Sequence
     for symbol, bounds in ranges.items():
         if bounds[0] == 2 and symbol in asked:
             bounds[0] = asked[symbol]
-    return Signature(found, ranges)
+    return Signature(found, ranges, wanted)
 
 
 def specialized(signature: Signature, program: ExportedProgram) -> list[str]:

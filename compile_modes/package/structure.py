@@ -20,15 +20,14 @@ Node = dict[str, Any]
 class Record(dict[Any, Any]):
     """What a class of the model's comes back as: its values by name, by attribute, and by position."""
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
+    def __getattribute__(self, name: str) -> Any:
+        if not name.startswith("__") and dict.__contains__(self, name):  # before what dicts have: ``values``, say
+            return dict.__getitem__(self, name)
+        return super().__getattribute__(name)
 
     def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, slice) or (isinstance(key, int) and key not in self.keys()):
-            return tuple(self.values())[key]
+        if isinstance(key, slice) or (isinstance(key, int) and key not in self):
+            return tuple(dict.values(self))[key]
         return super().__getitem__(key)
 
 
@@ -55,6 +54,8 @@ def describe(tree: Any, tensors: list[torch.Tensor]) -> Node:
         if strange := [key for key in tree if type(key) not in (str, int, bool)]:
             raise Strange(f"a dict with the key {strange[0]!r}")
         return {"dict": [[key, again(value)] for key, value in tree.items()]}
+    if isinstance(tree, tuple) and hasattr(tree, "n_sequence_fields"):  # of torch.max, topk and the like
+        return {"named": [kind.__name__, list(kind.__match_args__), [again(item) for item in tree]]}
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return {"named": [kind.__name__, list(tree._fields), [again(item) for item in tree]]}
     keyed, _ = pytree.tree_flatten_with_path(tree, is_leaf=lambda value: value is not tree)

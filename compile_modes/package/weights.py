@@ -60,7 +60,7 @@ class Pool:
         """Takes in a tensor that nobody writes: of equal ones, one is kept."""
         value = tensor.detach()  # as it lies, which the compiled code takes for granted
         for index, known in enumerate(self._kept):
-            if self.tensors[index]["constant"] and _like(known) == _like(value) and torch.equal(known, value):
+            if self.tensors[index]["constant"] and _like(known) == _like(value) and _same(known, value):
                 return index
         index = self.add(name, value)
         self.tensors[index]["constant"] = True
@@ -83,6 +83,12 @@ class Pool:
         """Writes all records."""
         for name, flat in self._bytes.items():
             writer.write_tensor(name, flat)
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors have the same bytes; 0.0 and -0.0 have not."""
+    first, second = (t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other))
+    return torch.equal(first, second)
 
 
 def _like(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -314,3 +314,50 @@ def test_results_are_in_memory_of_their_own_and_constants_lie_as_they_did(tmp_pa
     outputs["copy"].fill_(9.0)
     evaluated["copy"].fill_(9.0)
     assert torch.equal(x, kept)
+
+
+class Odd(nn.Module):
+    """A child called as a method of the package's, results of torch's own classes, and zeros of both signs."""
+
+    def __init__(self):
+        super().__init__()
+        self.mode, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.zero, self.below = torch.tensor([0.0]), torch.tensor([-0.0])
+
+    def forward(self, x):
+        return self.head(self.mode(x)).max(1), 1 / self.zero, 1 / self.below
+
+
+@pytest.fixture
+def odd(faked, tmp_path):
+    model = Odd()
+    cm.package(model, (torch.ones(2, 4),), tmp_path / "odd.pt2", modes=["eval"])
+    return model.eval(), cm.load_package(tmp_path / "odd.pt2")
+
+
+def test_names_and_classes_that_torch_and_packages_have_too(odd):
+    model, packed = odd
+    x = torch.randn(2, 4)
+    (values, indices), up, down = packed(x)
+    expected = model(x)[0]
+    torch.testing.assert_close((values, indices), tuple(expected))
+    assert packed(x)[0].values.shape == (2,)
+    assert (up.item(), down.item()) == (torch.inf, -torch.inf)
+
+
+def test_a_submodule_that_is_replaced_and_a_weight_that_is_gone_are_told(odd):
+    _, packed = odd
+    head, x = packed.head, torch.randn(2, 4)
+    packed.head = nn.Linear(4, 3)
+    with pytest.raises(cm.PackageError, match=r"CM052: (?s:.)*head"):
+        packed(x)
+    packed.head = head
+    weight = head.weight
+    del head.weight
+    with pytest.raises(cm.PackageError, match=r"CM053: (?s:.)*head.weight"):
+        packed(x)
+    head.weight = weight
+    packed(x)
+    head.bias = None
+    with pytest.raises(cm.PackageError, match=r"CM053: (?s:.)*head.bias"):
+        packed(x)
