@@ -1,6 +1,7 @@
 """The catalogue is complete: whatever the package says stands there, is used, and names a cause and a remedy."""
 
 import ast
+import itertools
 import re
 import runpy
 import warnings
@@ -76,13 +77,15 @@ def test_calls_give_the_fields_that_their_entry_takes():
 
 def test_entries_are_the_catalogue_in_order_of_codes():
     assert sorted(entry.code for entry in ENTRIES.values()) == sorted(messages.CATALOGUE)
-    groups = []
+    spans = []
     for path in ROOM.glob("*.py"):
         codes = re.findall(r'^[A-Z_]+ = \w+\(\s*"(CM\d+)"', path.read_text(), re.MULTILINE)
         assert codes == sorted(codes), path.name
         assert len({code[:3] for code in codes}) <= 1, f"{path.name} holds several groups"
-        groups += [(code[:3], path.name) for code in codes[:1]]
-    assert len(dict(groups)) == len(groups) == 10
+        spans += [(codes[0], codes[-1])] if codes else []
+    assert len({first[:3] for first, _ in spans}) == 10
+    for (_, last), (first, _) in itertools.pairwise(sorted(spans)):
+        assert last < first, "two files hold codes of one range"
 
 
 @pytest.mark.parametrize("code", sorted(messages.CATALOGUE))

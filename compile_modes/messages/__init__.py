@@ -1,9 +1,9 @@
 """Everything that is said to users: each error, warning and reason under a code, with cause, place and remedy.
 
-One file per group of codes; ``entry.py`` is the mechanism, ``page.py`` the page of all. May import ``errors`` and
+One file per group of codes, or per range of one; ``entry.py`` is the mechanism, ``page.py`` the page of all. May import ``errors`` and
 ``_compat``. The others take entries by name: ``raise messages.NO_GRAPH.error(kind=...)``.
 
-- CM0xx ``packages.py``: packages, compiled ahead of time
+- CM0xx ``packaging.py``: packages, compiled ahead of time; ``packaged.py``: read from files, and called
 - CM1xx ``requests.py``: what was asked for: modes, overrides, options
 - CM2xx ``binding.py``: binding and baking
 - CM3xx ``exporting.py``: exporting both modes
@@ -32,7 +32,8 @@ from compile_modes.messages.entry import warn as warn
 from compile_modes.messages.entry import warn_once as warn_once
 from compile_modes.messages.exporting import *  # noqa: F403
 from compile_modes.messages.files import *  # noqa: F403
-from compile_modes.messages.packages import *  # noqa: F403
+from compile_modes.messages.packaged import *  # noqa: F403
+from compile_modes.messages.packaging import *  # noqa: F403
 from compile_modes.messages.reasons import *  # noqa: F403
 from compile_modes.messages.remarks import *  # noqa: F403
 from compile_modes.messages.requests import *  # noqa: F403
