@@ -1,7 +1,7 @@
 """Everything that is said to users: each error, warning and reason under a code, with cause, place and remedy.
 
-One file per group of codes, or per range of one; ``entry.py`` is the mechanism, ``page.py`` the page of all. May import ``errors`` and
-``_compat``. The others take entries by name: ``raise messages.NO_GRAPH.error(kind=...)``.
+One file per group of codes, or per range of one; ``entry.py`` is the mechanism, ``page.py`` the page of all. May import
+``errors`` and ``_compat``. The others take entries by name: ``raise messages.NO_GRAPH.error(kind=...)``.
 
 - CM0xx ``packaging.py``: packages, compiled ahead of time; ``packaged.py``: read from files, and called
 - CM1xx ``requests.py``: what was asked for: modes, overrides, options
