@@ -47,6 +47,11 @@ class Merging(nn.Linear):
         return super().train(mode)
 
 
+class Writing(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.add_(1.0))
+
+
 class Frozen(Linear):
     def train(self, mode=True):
         super().train(mode)
@@ -252,6 +257,10 @@ PROVOKED = {
     (28, "CM127"): lambda: compiled(cm.export(Called(jitters), (X,)), modes="data"),
     (35, "CM519"): of_unknown_operator,
     (37, "CM418"): lambda: torch.no_grad()(compiled)(Called(lambda _, x: x + torch.rand_like(x)), freeze="auto"),
+    (38, "CM019"): lambda: cm.package(Writing(4, 4), (X,), io.BytesIO(), modes=["eval"]),
+    (38, "CM025"): lambda: cm.package(
+        nn.Linear(4, 4), (X,), io.BytesIO(), loss=lambda y, own=nn.Linear(4, 1): own(y).sum(), modes=["train"]
+    ),
 }
 # Provoked elsewhere, for they take a graph that is made for it, or a torch that is.
 ELSEWHERE = {(18, "CM304"), (22, "CM411"), (22, "CM401"), (31, "CM415")}
