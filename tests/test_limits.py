@@ -14,7 +14,7 @@ from torch import nn
 import compile_modes as cm
 
 PAGE = (Path(__file__).parents[1] / "docs/limits.md").read_text()
-X = torch.ones(6, 4)
+X, HEAD = torch.ones(6, 4), nn.Linear(4, 1)
 pytestmark = pytest.mark.filterwarnings("ignore::compile_modes.ModeWarning")
 
 
@@ -259,7 +259,7 @@ PROVOKED = {
     (37, "CM418"): lambda: torch.no_grad()(compiled)(Called(lambda _, x: x + torch.rand_like(x)), freeze="auto"),
     (38, "CM019"): lambda: cm.package(Writing(4, 4), (X,), io.BytesIO(), modes=["eval"]),
     (38, "CM025"): lambda: cm.package(
-        nn.Linear(4, 4), (X,), io.BytesIO(), loss=lambda y, own=nn.Linear(4, 1): own(y).sum(), modes=["train"]
+        nn.Linear(4, 4), (X,), io.BytesIO(), loss=lambda y: HEAD(y).sum(), modes=["train"]
     ),
 }
 # Provoked elsewhere, for they take a graph that is made for it, or a torch that is.
