@@ -455,6 +455,7 @@ class TestWhatCanNotBeCompared:
         assert report.vectors == 2
         assert "left out: 2 mode vectors: the model itself fails: ValueError: together, please" in str(report)
 
+    @pytest.mark.slow
     def test_masks_of_inductors_own(self):
         model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
         compiled = torch.compile(bound(model), backend="pt2e_modes")

@@ -153,6 +153,7 @@ def test_writes_that_leave_no_trace_take_strict_or_a_word(write):
     assert runs_on_constants() == [True, True]
 
 
+@pytest.mark.slow
 def test_training_is_untouched():
     reference, model = net(), net()
     reference.drop.p = model.drop.p = 0.0
@@ -252,6 +253,7 @@ def one(block, x):
     return torch.tanh(block(x))
 
 
+@pytest.mark.slow
 def test_repeated_blocks_share_code_and_not_constants():
     model = net(Blocks)
     call = frozen(model)

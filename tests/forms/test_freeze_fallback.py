@@ -37,6 +37,7 @@ def test_without_the_option_nothing_is_added(no_inductor, monkeypatch):
     assert len(DEPLOYED) == known
 
 
+@pytest.mark.slow
 def test_dynamic_shapes_run_in_the_stock_form():
     model = net()
     call = torch.compile(model, backend="pt2e_modes", dynamic=True, options={"freeze": "auto"})
@@ -133,6 +134,7 @@ class Grouped(nn.Module):
         return torch.relu(self.conv(x) + x)
 
 
+@pytest.mark.slow
 def test_what_inductor_refuses_at_run_time_runs_in_the_stock_form():
     model = Grouped().eval().bfloat16()
     x = torch.randn(2, 8, 6, 6).bfloat16()
@@ -154,6 +156,7 @@ class TwoScalars(nn.Module):
         return self.other(self.one(x) * self.a) * self.b
 
 
+@pytest.mark.slow
 def test_scalars_behind_convolutions():
     model = TwoScalars().eval()
     call = frozen(model)
@@ -213,6 +216,7 @@ def test_within_a_step_of_an_optimizer():
     agrees(call, model, X)
 
 
+@pytest.mark.slow
 def test_tied_parameters_have_one_constant():
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).eval()
     model[2].weight = model[0].weight

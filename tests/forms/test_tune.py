@@ -172,6 +172,7 @@ def test_fine_tuning_with_flips(build, forms, no_inductor):
     assert forms.folded() >= 2
 
 
+@pytest.mark.slow
 def test_with_inductor(forms):
     model = settled(Two())
     module = copy.deepcopy(model)

@@ -263,6 +263,7 @@ class Attending(nn.Module):
         return attended.squeeze(1)
 
 
+@pytest.mark.slow
 def test_attention_and_recurrent_layers_have_their_gradients_at_any_size(faked, tmp_path):
     torch.manual_seed(0)
     model, batch = Attending(), torch.export.Dim("batch", min=1, max=16)

@@ -13,7 +13,8 @@ import pytest
 CASES = Path(__file__).with_name("background_cases.py")
 
 
-@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["not slow", "slow"])
 def test_cases(which):
     command = [sys.executable, "-m", "pytest", str(CASES), "-n0", "-q", "-m", which]
     done = subprocess.run(
