@@ -37,6 +37,8 @@ from compile_modes.graph.sites import Site
 from compile_modes.package.loading import load_package
 from compile_modes.package.packaged import Packaged
 from compile_modes.package.packaging import package
+from compile_modes.package.precompiled import Precompiled
+from compile_modes.package.precompiling import load_precompiled, precompile
 from compile_modes.warming.background import Warmup
 from compile_modes.warming.warmup import warmup
 
@@ -55,6 +57,7 @@ __all__ = [
     "OverrideError",
     "PackageError",
     "Packaged",
+    "Precompiled",
     "Report",
     "Site",
     "VerifyError",
@@ -70,10 +73,12 @@ __all__ = [
     "invalidate",
     "load",
     "load_package",
+    "load_precompiled",
     "model_is_exported",
     "move_exported_model_to_eval",
     "move_exported_model_to_train",
     "package",
+    "precompile",
     "restore_literals",
     "save",
     "set_mode",

@@ -151,6 +151,8 @@ def _header(reader: Reader) -> dict[str, Any]:
     header = json.loads(reader.read(HEADER))
     if "package" in header:
         raise messages.IS_PACKAGE.error()
+    if "precompiled" in header:
+        raise messages.IS_PRECOMPILED.error()
     version = header["format"]
     if not isinstance(version, int) or version < 1:
         raise ValueError(f"format {version!r}")

@@ -81,19 +81,20 @@ def _package(args: argparse.Namespace) -> int:
     module: nn.Module = opened.content if isinstance(opened.content, nn.Module) else bind(opened.content)
     modes: Any = dict(args.mode) if args.mode else ("train", "eval")
     loss, targets = _loss(args.loss), tuple(args.target)
-    package(module, _examples(opened, args.file), args.output, modes=modes, loss=loss, targets=targets)
+    given, named = _examples(opened, args.file)
+    package(module, given, args.output, kwargs=named, modes=modes, loss=loss, targets=targets)
     print(f"{args.output}: {', '.join(modes)}")
     return FINE
 
 
-def _examples(opened: Opened, file: str) -> tuple[Any, ...]:
+def _examples(opened: Opened, file: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments that the program was exported with."""
     content = opened.content
     source = Source.of(content) if isinstance(content, nn.Module) else None
     programs = source.programs if source is not None else opened.programs
     for program in programs.values():
-        if program.example_inputs is not None and not program.example_inputs[1]:
-            return tuple(program.example_inputs[0])
+        if program.example_inputs is not None:
+            return tuple(program.example_inputs[0]), dict(program.example_inputs[1])
     raise messages.NO_EXAMPLES.error(file=file)
 
 

@@ -3,7 +3,8 @@
 One file per group of codes, or per range of one; ``entry.py`` is the mechanism, ``page.py`` the page of all. May import
 ``errors`` and ``_compat``. The others take entries by name: ``raise messages.NO_GRAPH.error(kind=...)``.
 
-- CM0xx ``packaging.py``: packages, compiled ahead of time; ``packaged.py``: read from files, and called
+- CM0xx ``packaging.py``: packages, compiled ahead of time; ``packaged.py``: read from files, and called;
+  ``precompiling.py``: code put around a module
 - CM1xx ``requests.py``: what was asked for: modes, overrides, options
 - CM2xx ``binding.py``: binding and baking
 - CM3xx ``exporting.py``: exporting both modes
@@ -34,6 +35,7 @@ from compile_modes.messages.exporting import *  # noqa: F403
 from compile_modes.messages.files import *  # noqa: F403
 from compile_modes.messages.packaged import *  # noqa: F403
 from compile_modes.messages.packaging import *  # noqa: F403
+from compile_modes.messages.precompiling import *  # noqa: F403
 from compile_modes.messages.reasons import *  # noqa: F403
 from compile_modes.messages.remarks import *  # noqa: F403
 from compile_modes.messages.requests import *  # noqa: F403

@@ -55,15 +55,15 @@ NOT_OPENED = Error(
 )
 NOT_PACKAGED = Error(
     "CM040",
-    "the package holds no mode {mode!r}",
+    "there is no code for a mode {mode!r}",
     "use one of these: {modes}",
     where="mode",
     raised=PackageError,
 )
 FLAGS_NOT_PACKAGED = Error(
     "CM041",
-    "no mode of the package has these flags: {flags}",
-    "call mode() with one of these: {modes}; or package that mode too",
+    "there is no code for these flags: {flags}",
+    "call mode() with one of these: {modes}; or compile that mode too",
     raised=PackageError,
 )
 OTHER_CALL = Error(
@@ -75,28 +75,28 @@ OTHER_CALL = Error(
 )
 INPUT_KIND = Error(
     "CM043",
-    "the tensor is {given}; the package takes {wanted}",
+    "the tensor is {given}; the code takes {wanted}",
     "convert it",
     where="{name}",
     raised=CallError,
 )
 INPUT_SIZE = Error(
     "CM044",
-    "the tensor has the shape {given}; the package takes {wanted}",
-    "pass such a shape, or package with dynamic_shapes",
+    "the tensor has the shape {given}; the code takes {wanted}",
+    "pass such a shape, or compile with dynamic_shapes",
     where="{name}",
     raised=CallError,
 )
 INPUT_NEEDS_GRAD = Error(
     "CM045",
-    "the tensor requires a gradient, which the package has not been compiled to compute",
+    "the tensor requires a gradient, which the code has not been compiled to compute",
     "detach it",
     where="{name}",
     raised=CallError,
 )
 REPLACED = Error(
     "CM046",
-    "the weight is now {now}; the package was compiled for {wanted}",
+    "the weight is now {now}; the code was compiled for {wanted}",
     "give it values by load_state_dict() or copy_(), which keep the tensor as it is",
     where="{name}",
     raised=PackageError,
@@ -110,8 +110,8 @@ UNTIED = Error(
 )
 NOT_TRAINED = Error(
     "CM048",
-    "the parameter requires a gradient, and was packaged without",
-    "call requires_grad_(False) on it, or package the model again with it trained",
+    "the parameter requires a gradient, and was compiled without",
+    "call requires_grad_(False) on it, or compile the model again with it trained",
     where="{name}",
     raised=PackageError,
 )
@@ -136,15 +136,15 @@ CONDITION = Error(
 )
 SUBMODULE_REPLACED = Error(
     "CM052",
-    "the submodule isn't the one that was loaded: a package runs its own code, whatever takes a place in it",
-    "put it back, and give it values by load_state_dict(); or package the model with the other one",
+    "the submodule isn't the one that was compiled or loaded: compiled code runs on, whatever takes a place",
+    "put it back, and give it values by load_state_dict(); or compile the model with the other one",
     where="{name}",
     raised=PackageError,
 )
 WEIGHT_GONE = Error(
     "CM053",
-    "the weight isn't there any more, and the package's code needs it",
-    "put it back: parametrizations and pruning belong to the model, before it is packaged",
+    "the weight isn't there any more, and the compiled code needs it",
+    "put it back: parametrizations and pruning belong to the model, before it is compiled",
     where="{name}",
     raised=PackageError,
 )

@@ -36,8 +36,8 @@ SEVERAL_PROGRAMS = Error(
 EXISTS = Error("CM913", "the file exists", "name another one, or use --force", where="{file}", raised=ArchiveError)
 NO_EXAMPLES = Error(
     "CM914",
-    "the file has no example arguments, or takes some by name",
-    "call compile_modes.package() with arguments; or export with positional ones",
+    "the file has no example arguments",
+    "call compile_modes.package() with arguments",
     where="{file}",
     raised=PackageError,
 )

@@ -1,4 +1,4 @@
-"""What is asked of a package: which modes, and which flags each of them is."""
+"""What is asked of a package: of which module, which modes, and which flags each of them is."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -7,13 +7,39 @@ from typing import Any
 from torch import nn
 
 from compile_modes import messages
+from compile_modes.exported.exporting import export
 from compile_modes.graph.dual import DualModule
 from compile_modes.graph.finding import sites
 from compile_modes.graph.flags import CELL
 from compile_modes.graph.requests import MODES, check_overrides, no_match, owner_matches
+from compile_modes.graph.sites import BOUND
 
 TRAIN = "train"  # the one mode that has a backward
 Vector = dict[str, bool]
+
+
+def bound_of(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, dynamic_shapes: Any
+) -> tuple[nn.Module, list[str]]:
+    """The bound module to compile: this one, or one exported of an eager module; and the names of its arguments.
+
+    Raises:
+        OptionError: the arguments are none, or sizes are given for a module that has its own.
+        ExportError: the module can't be exported.
+    """
+    module = getattr(module, "_orig_mod", module)
+    if not isinstance(args, tuple):
+        raise messages.ARGS_NO_TUPLE.error(kind=type(args).__name__)
+    if isinstance(module, DualModule) or getattr(module, "meta", {}).get(BOUND):
+        if dynamic_shapes is not None:
+            raise messages.SHAPES_OF_BOUND.error()
+        bound = module
+    else:
+        bound = export(module, args, kwargs, dynamic_shapes=dynamic_shapes, progress=False)
+    signature = vars(bound).get("__signature__")
+    names = list(signature.parameters) if signature is not None else []
+    names = names[: len(args)] + [f"input{i}" for i in range(len(names), len(args))]
+    return bound, [*names, *(kwargs or {})]
 
 
 def asked(modes: Any) -> dict[str, dict[str, str]]:
@@ -80,12 +106,17 @@ def vectors(module: nn.Module, wanted: Mapping[str, Mapping[str, str]]) -> dict[
         for pattern in globs:
             if not any(owner_matches(name, pattern) for name in named):
                 raise no_match(pattern, owners, f"modes[{mode!r}]")
-        flags = {name: _flag(name, globs) for name, first in named.items() if name == first}
+        flags = flags_in(module, globs)
         other = seen.setdefault(tuple(flags[owner] for owner in owners), mode)
         if other != mode:
             raise messages.SAME_VECTOR.error(one=other, other=mode)
         found[mode] = flags
     return found
+
+
+def flags_in(module: nn.Module, globs: Mapping[str, str]) -> Vector:
+    """The flags of a module's submodules in a mode, each under the first of its names."""
+    return {name: _flag(name, globs) for name, first in submodules(module).items() if name == first}
 
 
 def _flag(name: str, globs: Mapping[str, str]) -> bool:

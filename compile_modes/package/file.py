@@ -60,6 +60,8 @@ def read_header(reader: Reader) -> dict[str, Any]:
         ArchiveError: it is no package, or a newer one.
     """
     held = json.loads(reader.read(HEADER))
+    if "precompiled" in held:
+        raise messages.IS_PRECOMPILED.error()
     if not isinstance(held.get("package"), dict):
         raise messages.NO_PACKAGE.error()
     if held["format"] != FORMAT:

@@ -12,8 +12,9 @@ from compile_modes._compat import aoti
 from compile_modes.archive.container import reading
 from compile_modes.errors import few, summary
 from compile_modes.package import weights
+from compile_modes.package.dispatch import submodule
 from compile_modes.package.file import read_header
-from compile_modes.package.packaged import Packaged, submodule
+from compile_modes.package.packaged import Packaged
 from compile_modes.package.running import Mode, State, place, slots, tied
 from compile_modes.package.signature import Signature
 

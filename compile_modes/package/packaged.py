@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 from compile_modes import messages
-from compile_modes.errors import few
+from compile_modes.package.dispatch import Dispatch, submodule, tensors_given
 from compile_modes.package.running import Mode
-from compile_modes.package.structure import Node, Strange, take
 
 
 class Packaged(nn.Module):
@@ -29,9 +28,7 @@ class Packaged(nn.Module):
 
     _modes: dict[str, Mode]
     _package: dict[str, Any]
-    _deciders: list[nn.Module]
-    _named: dict[tuple[bool, ...], str]
-    _places: list[tuple[str, dict[str, nn.Module | None], str, nn.Module]]
+    _dispatch: Dispatch
 
     def __init__(self, header: Mapping[str, Any]) -> None:
         """Makes the submodules, without state and code."""
@@ -43,16 +40,8 @@ class Packaged(nn.Module):
                 parent, _, leaf = name.rpartition(".")
                 module = nn.Module() if first == name else submodule(self, first)
                 submodule(self, parent)._modules[leaf] = module
-        self.__dict__["_deciders"] = [submodule(self, name) for name in header["deciders"]]
-        self.__dict__["_places"] = [
-            (name, submodule(self, name.rpartition(".")[0])._modules, name.rpartition(".")[2], submodule(self, name))
-            for name in header["modules"]
-            if name
-        ]
         vectors = {name: mode["flags"] for name, mode in header["modes"].items()}
-        self.__dict__["_named"] = {
-            tuple(vector[owner] for owner in header["deciders"]): name for name, vector in vectors.items()
-        }
+        self.__dict__["_dispatch"] = Dispatch(self, header["modules"], header["deciders"], vectors)
 
     def mode(self, name: str) -> "Packaged":
         """Sets the flags of all submodules to those of a packaged mode.
@@ -66,11 +55,7 @@ class Packaged(nn.Module):
         Raises:
             PackageError: the package holds no such mode.
         """
-        if name not in self._package["modes"]:
-            modes = ", ".join(map(repr, self._package["modes"]))
-            raise messages.NOT_PACKAGED.error(mode=name, modes=modes)
-        for owner, training in self._package["modes"][name]["flags"].items():
-            submodule(self, owner).training = training
+        self._dispatch.set(name)
         return self
 
     @torch.compiler.disable
@@ -83,12 +68,10 @@ class Packaged(nn.Module):
             CallError: the arguments are others than were compiled for.
         """
         mode = self._present()
-        for name, held, leaf, module in self._places:
-            if held.get(leaf) is not module:
-                raise messages.SUBMODULE_REPLACED.error(name=name)
-        tensors = self._tensors(mode, args, kwargs)
-        device = torch.device(self._package["device"])
-        fitted = mode.signature.fitted(tensors, device)
+        self._dispatch.check_places()
+        targets = self._package["targets"] if mode.loss else {"tuple": []}
+        tensors = tensors_given(self._package["names"], (self._package["args"], targets), args, kwargs, mode.name)
+        fitted = mode.signature.fitted(tensors, torch.device(self._package["device"]))
         mode.state.check_ties()
         if not mode.loss:
             return mode.evaluated(fitted)
@@ -98,39 +81,7 @@ class Packaged(nn.Module):
 
     def _present(self) -> Mode:
         """The mode that the flags are."""
-        flags = tuple(module.training for module in self._deciders)
-        name = self._named.get(flags)
-        if name is None:
-            words = {True: "train", False: "eval"}
-            shown = few(
-                f"{o or 'the root'} in {words[f]}" for o, f in zip(self._package["deciders"], flags, strict=True)
-            )
-            modes = ", ".join(map(repr, self._package["modes"]))
-            raise messages.FLAGS_NOT_PACKAGED.error(flags=shown, modes=modes)
-        return self._modes[name]
-
-    def _tensors(self, mode: Mode, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-        """The tensors in the arguments of a call."""
-        names: list[str] = self._package["names"]
-        node: Node = {
-            "tuple": self._package["args"]["tuple"] + (self._package["targets"]["tuple"] if mode.loss else [])
-        }
-        if kwargs:
-            rest = names[len(args) :]
-            if sorted(kwargs) == sorted(rest) and not (mode.loss and self._package["targets"]["tuple"]):
-                args, kwargs = (*args, *(kwargs[name] for name in rest)), {}
-        found: list[torch.Tensor] = []
-        try:
-            if kwargs:
-                raise Strange(f"arguments by the names {few(map(repr, kwargs))} are given")
-            take(node, args, found)
-        except Strange as why:
-            targets = len(self._package["targets"]["tuple"])
-            wanted = f"{len(names)} arguments ({few(names)})" + (
-                f" and {targets} targets" if mode.loss and targets else ""
-            )
-            raise messages.OTHER_CALL.error(what=why, wanted=wanted, mode=mode.name) from None
-        return found
+        return self._modes[self._dispatch.present()]
 
     def _check_gradients(self, mode: Mode, tensors: list[torch.Tensor]) -> None:
         for one, tensor in zip(mode.signature.inputs, tensors, strict=True):
@@ -142,12 +93,3 @@ class Packaged(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise messages.NO_COPIES.error()
-
-
-def submodule(module: nn.Module, path: str) -> nn.Module:
-    """A submodule by its path, whatever else has its name: a package may hold one called ``mode``."""
-    for part in path.split(".") if path else ():
-        below = module._modules[part]
-        assert below is not None
-        module = below
-    return module

@@ -11,13 +11,10 @@ from compile_modes import messages
 from compile_modes._compat import aoti
 from compile_modes.archive.container import FileLike
 from compile_modes.errors import few, summary
-from compile_modes.exported.exporting import export
 from compile_modes.exported.provenance import flags
-from compile_modes.graph.dual import DualModule
 from compile_modes.graph.finding import sites
-from compile_modes.graph.sites import BOUND
 from compile_modes.package import file as files
-from compile_modes.package.asking import TRAIN, asked, deciders, submodules, vectors
+from compile_modes.package.asking import TRAIN, asked, bound_of, deciders, submodules, vectors
 from compile_modes.package.losses import check_loss
 from compile_modes.package.programs import Program, examples_of, program_of
 from compile_modes.package.signature import specialized
@@ -30,6 +27,7 @@ def package(
     args: tuple[Any, ...],
     path: FileLike,
     *,
+    kwargs: Mapping[str, Any] | None = None,
     modes: Sequence[str] | Mapping[str, Any] = ("train", "eval"),
     loss: Callable[..., Any] | None = None,
     targets: tuple[Any, ...] = (),
@@ -48,13 +46,14 @@ def package(
         args: positional arguments to call it with: tensors, constants that are compiled in, and tuples, lists and dicts
             of these.
         path: the ``.pt2`` file to write. It appears whole or not at all.
+        kwargs: arguments by name, the same. The packaged module takes them by name or after the others.
         modes: "train" and "eval", one or both; or the flags of each mode by its name, as globs of submodules:
             ``{"train": "train", "mc": {"*.drop": "train", "*": "eval"}}``. The first glob that matches decides, ``*``
             last; submodules that none matches are in eval mode.
         loss: called as ``loss(outputs, *targets)``, gives a scalar tensor. Without, the first tensor that the module
             returns is the loss.
         targets: examples of what ``loss`` takes beside the outputs.
-        dynamic_shapes: of ``args``, for an eager module, as for ``torch.export.export``. Sizes of ``targets`` vary
+        dynamic_shapes: of the arguments, for an eager module, as for ``torch.export.export``. Sizes of ``targets`` vary
             where those of the arguments do. A bound module has the sizes of its program.
         options: Inductor's options.
 
@@ -68,13 +67,14 @@ def package(
     """
     wanted = asked(modes)
     given = _check(options, loss, targets, wanted)
-    bound = _bound(module, args, dynamic_shapes)
+    bound, names = bound_of(module, args, kwargs, dynamic_shapes)
     flagged = vectors(bound, wanted)
     named = submodules(bound)
     pool = Pool()
     state = state_of(bound, named, pool)
     device = next((t.device for t in (*bound.parameters(), *bound.buffers())), torch.device("cpu"))
-    examples = examples_of(bound, args, targets, _names(bound, len(args)))
+    keywords = tuple(kwargs or ())
+    examples = examples_of(bound, (*args, *(kwargs or {}).values()), targets, names, keywords)
     if loss is not None:
         check_loss(bound, flagged[TRAIN], examples, loss)
     programs = {mode: program_of(bound, mode, vector, examples, loss) for mode, vector in flagged.items()}
@@ -87,7 +87,7 @@ def package(
         reads = [name for name in constants if name in known]
         described[mode] = _described(program, flagged[mode], held, reads)
     start = next((mode for mode, vector in flagged.items() if _same(bound, vector)), next(iter(flagged)))
-    files.write(path, _header(bound, state, pool, described, examples.nodes, start, device), code, pool)
+    files.write(path, _header(bound, names, state, pool, described, examples.nodes, start, device), code, pool)
 
 
 def _check(options: Any, loss: Any, targets: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,24 +102,6 @@ def _check(options: Any, loss: Any, targets: Any, wanted: Mapping[str, Any]) -> 
     if taken := sorted(set(given) & set(aoti.fixed_options())):
         raise messages.FIXED_OPTION.error(names=few(taken))
     return given
-
-
-def _bound(module: nn.Module, args: tuple[Any, ...], dynamic_shapes: Any) -> nn.Module:
-    module = getattr(module, "_orig_mod", module)
-    if not isinstance(args, tuple):
-        raise messages.ARGS_NO_TUPLE.error(kind=type(args).__name__)
-    if isinstance(module, DualModule) or getattr(module, "meta", {}).get(BOUND):
-        if dynamic_shapes is not None:
-            raise messages.SHAPES_OF_BOUND.error()
-        return module
-    return export(module, args, dynamic_shapes=dynamic_shapes, progress=False)
-
-
-def _names(bound: nn.Module, count: int) -> list[str]:
-    """The names of positional arguments, as far as the module says them."""
-    signature = vars(bound).get("__signature__")
-    names = list(signature.parameters) if signature is not None else []
-    return names[:count] + [f"input{i}" for i in range(len(names), count)]
 
 
 def _compiled(mode: str, program: Program, options: dict[str, Any]) -> tuple[list[str], dict[str, torch.Tensor]]:
@@ -158,6 +140,7 @@ def _same(bound: nn.Module, vector: Mapping[str, bool]) -> bool:
 
 def _header(
     bound: nn.Module,
+    names: list[str],
     state: list[dict[str, Any]],
     pool: Pool,
     modes: dict[str, Any],
@@ -174,7 +157,7 @@ def _header(
         "tensors": pool.tensors,
         "args": nodes[0],
         "targets": nodes[1],
-        "names": _names(bound, len(nodes[0]["tuple"])),
+        "names": names,
         "modes": modes,
         "start": start,
         "sites": found,

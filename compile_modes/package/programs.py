@@ -17,7 +17,7 @@ from compile_modes.graph.dual import DualModule
 from compile_modes.graph.finding import sites
 from compile_modes.package.asking import TRAIN, Vector
 from compile_modes.package.signature import Signature, signature_of
-from compile_modes.package.structure import Node, Strange, build, describe
+from compile_modes.package.structure import Node, Strange, Tree, build, describe
 
 _INPUTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR, InputKind.USER_INPUT)
 _HELD = "module."  # where a Step holds what it calls; no name of a package begins so
@@ -34,6 +34,7 @@ class Examples:
         names: of the tensors.
         sizes: what to tell torch.export of their sizes; empty if all are fixed.
         least: the least value of each size, None where nothing is known.
+        keywords: the names of the last arguments, which the module is given by name.
     """
 
     nodes: tuple[Node, Node]
@@ -42,6 +43,7 @@ class Examples:
     names: list[str]
     sizes: list[dict[int, Any]]
     least: list[list[int | None]]
+    keywords: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Program:
         tensors: examples of its inputs.
         signature: its inputs.
         outputs: the structure of what the module returns.
+        tree: the same in torch's own words, with the values that aren't tensors.
         loss: whether the first output is the loss, and the last ones are gradients.
         gradients: the parameters that these are for, in order.
         writes: the buffers that a call writes.
@@ -62,6 +65,7 @@ class Program:
     tensors: list[torch.Tensor]
     signature: Signature
     outputs: Node
+    tree: Tree
     loss: bool
     gradients: list[str]
     writes: list[str]
@@ -71,6 +75,7 @@ class Seen:
     """What a call has seen, where torch.export, which puts back what a module assigns, doesn't look."""
 
     outputs: Node
+    tree: Tree
 
 
 class Step(nn.Module):
@@ -87,10 +92,11 @@ class Step(nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         args, targets = (build(node, tensors) for node in self._examples.nodes)
-        result = self.module(*args)
+        count = len(args) - len(self._examples.keywords)
+        result = self.module(*args[:count], **dict(zip(self._examples.keywords, args[count:], strict=True)))
         found: list[torch.Tensor] = []
         try:
-            self.seen.outputs = describe(result, found)
+            self.seen.outputs, self.seen.tree = describe(result, found), Tree.of(result)
         except Strange as why:
             raise messages.STRANGE_OUTPUT.error(what=why) from None
         if not self._trains:
@@ -102,8 +108,21 @@ class Step(nn.Module):
         return (loss, *(tensor.detach() for tensor in found))
 
 
-def examples_of(module: nn.Module, args: tuple[Any, ...], targets: tuple[Any, ...], names: Sequence[str]) -> Examples:
+def examples_of(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    targets: tuple[Any, ...],
+    names: Sequence[str],
+    keywords: tuple[str, ...] = (),
+) -> Examples:
     """What a bound module is called with; sizes vary where they vary in its own program.
+
+    Args:
+        module: the module.
+        args: what it is called with, also what it is given by name.
+        targets: what a loss is called with.
+        names: of ``args``.
+        keywords: the last of ``names``, which are given by name.
 
     Raises:
         PackageError: a value among them is neither a tensor nor a constant, or the program has other inputs.
@@ -122,7 +141,7 @@ def examples_of(module: nn.Module, args: tuple[Any, ...], targets: tuple[Any, ..
         sizes.append(dict.fromkeys(range(target.dim()), Dim.AUTO) if varying else {})
         least.append([None] * target.dim())
     tensors = [tensor.detach().contiguous() for tensor in tensors]
-    return Examples(nodes, tensors, count, called, sizes if varying else [], least)
+    return Examples(nodes, tensors, count, called, sizes if varying else [], least, keywords)
 
 
 def _called(values: Sequence[Any], names: Sequence[str]) -> list[str]:
@@ -169,7 +188,7 @@ def _ranges(module: nn.Module) -> dict[str, tuple[int | None, int | None]]:
 def program_of(
     module: nn.Module, mode: str, vector: Vector, examples: Examples, loss: Callable[..., Any] | None
 ) -> Program:
-    """The program of a mode.
+    """The program of a mode; that of training computes the loss and the gradients.
 
     Args:
         module: the bound module; its flags are set, and put back.
@@ -181,17 +200,39 @@ def program_of(
     Raises:
         PackageError: there is no such program.
     """
-    training = mode == TRAIN
-    count = len(examples.tensors) if training else examples.count
-    tensors = examples.tensors[:count]
-    step = Step(
-        module, examples if training else replace(examples, nodes=(examples.nodes[0], {"tuple": []})), loss, training
-    )
+    if mode != TRAIN:
+        return plain_program_of(module, mode, vector, examples, gradients=False)
+    step = Step(module, examples, loss, training=True)
+    exported, signature = _exported(step, mode, vector, examples, len(examples.tensors), gradients=True)
+    return _described(_with_backward(exported, mode), examples.tensors, signature, step.seen, mode, loss=True)
+
+
+def plain_program_of(module: nn.Module, mode: str, vector: Vector, examples: Examples, *, gradients: bool) -> Program:
+    """The program of a mode that computes what the module returns.
+
+    Args:
+        module, mode, vector, examples: as for :func:`program_of`.
+        gradients: whether gradients are enabled while it runs.
+
+    Raises:
+        PackageError: there is no such program.
+    """
+    step = Step(module, replace(examples, nodes=(examples.nodes[0], {"tuple": []})), None, training=False)
+    exported, signature = _exported(step, mode, vector, examples, examples.count, gradients)
+    tensors = examples.tensors[: examples.count]
+    return _described(exported, tensors, signature, step.seen, mode, loss=False)
+
+
+def _exported(
+    step: Step, mode: str, vector: Vector, examples: Examples, count: int, gradients: bool
+) -> tuple[ExportedProgram, Signature]:
+    """A call of a module with the flags of a mode, exported with the first ``count`` examples."""
+    module, tensors = step.module, examples.tensors[:count]
     before = flags(module)
     try:
         set_flags(module, vector)
         varies = (tuple(examples.sizes[:count]),) if examples.sizes else None
-        with torch.enable_grad() if training else torch.no_grad():
+        with torch.enable_grad() if gradients else torch.no_grad():
             exported = torch.export.export(step, tuple(tensors), dynamic_shapes=varies)
         norms = any(site.op.family == "batch_norm" and site.training for site in sites(module))
     except CompileModesError:
@@ -203,10 +244,7 @@ def program_of(
     exported = _renamed(exported, mode)
     # A batch of one value per channel has no variance: what export says of such a size stays.
     least = [[None] * len(one) for one in examples.least] if norms else examples.least
-    signature = signature_of(exported, examples.names[:count], least[:count])
-    if training:
-        exported = _with_backward(exported, mode)
-    return _described(exported, tensors, signature, step.seen.outputs, mode)
+    return exported, signature_of(exported, examples.names[:count], least[:count])
 
 
 def _with_backward(exported: ExportedProgram, mode: str) -> ExportedProgram:
@@ -220,10 +258,10 @@ def _with_backward(exported: ExportedProgram, mode: str) -> ExportedProgram:
 
 
 def _described(
-    exported: ExportedProgram, tensors: list[torch.Tensor], signature: Signature, outputs: Node, mode: str
+    exported: ExportedProgram, tensors: list[torch.Tensor], signature: Signature, seen: Seen, mode: str, *, loss: bool
 ) -> Program:
     try:  # in training IR, the signature doesn't say what is written
-        specs = (exported if mode == TRAIN else exported.run_decompositions({})).graph_signature.output_specs
+        specs = (exported if loss else exported.run_decompositions({})).graph_signature.output_specs
     except Exception as error:  # likewise
         raise messages.MODE_FAILS.error(mode=mode, error=summary(error)) from error
     if any(spec.kind is OutputKind.USER_INPUT_MUTATION for spec in specs):
@@ -231,7 +269,7 @@ def _described(
     written = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
     writes = [str(spec.target) for spec in specs if spec.kind in written]
     gradients = [str(spec.target) for spec in specs if spec.kind is OutputKind.GRADIENT_TO_PARAMETER]
-    return Program(exported, tensors, signature, outputs, mode == TRAIN, gradients, writes)
+    return Program(exported, tensors, signature, seen.outputs, seen.tree, loss, gradients, writes)
 
 
 def _renamed(exported: ExportedProgram, mode: str) -> ExportedProgram:

@@ -3,8 +3,9 @@
 AOTInductor checks none of it: a tensor with other strides gives a wrong result without a word.
 """
 
+import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -66,7 +67,12 @@ class Signature:
         return cls(inputs, dict(held["ranges"]), list(held["conditions"]))
 
     def fitted(self, tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-        """Tensors as they were compiled for: contiguous, and without autograd.
+        """Tensors as they were compiled for: contiguous, and without autograd; raises as :meth:`check` does."""
+        self.check(tensors, device)
+        return [_plain(tensor) for tensor in tensors]
+
+    def check(self, tensors: Sequence[torch.Tensor], device: torch.device) -> None:
+        """Compares tensors with what was compiled for; of their strides, nothing is asked.
 
         Raises:
             CallError: one has another dtype, device or size.
@@ -82,7 +88,28 @@ class Signature:
         for condition in self.conditions:
             if not holds(condition, tensors):
                 raise messages.CONDITION.error(condition=condition, sizes=few(str(tuple(t.shape)) for t in tensors))
-        return [_plain(tensor) for tensor in tensors]
+
+    def told(self, guards: Sequence[str]) -> "Signature":
+        """This one with more conditions, in Python's words, of the symbols that sizes are.
+
+        Raises:
+            PackageError: no input has one of these symbols as a size.
+        """
+        places = {
+            size[0]: f"size({i}, {dim})"
+            for i, one in enumerate(self.inputs)
+            for dim, size in enumerate(one.sizes)
+            if not isinstance(size, int) and size[1:] == [1, 0]
+        }
+        found = []
+        for guard in guards:
+            line = re.sub(r"\b[a-z]+\d+\b", lambda match: places.get(match[0], match[0]), guard)
+            try:
+                holds(line, [])
+            except ValueError as error:
+                raise messages.STRANGE_CONDITION.error(condition=error) from None
+            found.append(line)
+        return replace(self, conditions=[*self.conditions, *found])
 
     def _fits(self, one: Input, tensor: torch.Tensor, symbols: dict[str, int]) -> bool:
         for size, given in zip(one.sizes, tensor.shape, strict=True):

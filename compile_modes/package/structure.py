@@ -7,8 +7,10 @@ A node is an object with one key that says what it is: ``{"tensor": 3}``, ``{"va
 
 import collections
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -168,3 +170,24 @@ def tensors_of(node: Node) -> Iterator[int]:
         items = [item for _, item in held] if kind == "dict" else held[2] if kind in ("named", "record") else held
         for item in items:
             yield from tensors_of(item)
+
+
+@dataclass(frozen=True)
+class Tree:
+    """What a module returns: its structure in torch's pytrees, and its leaves, each a tensor's place or a value."""
+
+    spec: pytree.TreeSpec
+    leaves: list[tuple[bool, Any]]
+
+    @classmethod
+    def of(cls, value: Any) -> "Tree":
+        """That of a value."""
+        leaves, spec = pytree.tree_flatten(value)
+        places = itertools.count()
+        return cls(spec, [(True, next(places)) if isinstance(one, torch.Tensor) else (False, one) for one in leaves])
+
+    def build(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """The value with these tensors in it."""
+        return pytree.tree_unflatten(
+            [tensors[held] if is_tensor else held for is_tensor, held in self.leaves], self.spec
+        )
