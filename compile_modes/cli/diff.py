@@ -50,8 +50,8 @@ def add_to(commands: Any) -> None:
 def _diff(args: argparse.Namespace) -> int:
     if args.html is not None and not args.force:
         check_free(args.html)
-    contents = [open_file(path).content for path in (args.first, args.second)]
-    report = compared(*contents, (args.first, args.second))
+    first, second = (open_file(path).content for path in (args.first, args.second))
+    report = compared(first, second, (args.first, args.second))
     data = report.to_json()
     write_page(args, f"{args.first} → {args.second}", pages.difference(data))
     print(json.dumps({"format": FORMAT, **data}, indent=2) if args.json else report)

@@ -62,7 +62,10 @@ def _glance(sites: Sequence[Mapping[str, Any]]) -> str:
     parts |= {name: (modes[name], "both") for name in ("same in both", "computed") if modes[name]}
     held = Counter(site["held_by"] for site in sites if not site["modeless"])
     stuck = sum(bool(site["limits"]) for site in sites)
-    said = [f"<b>{len(sites)}</b> sites", *(f"<b>{n}</b> held by {escape(_HELD[by])}" for by, n in held.most_common())]
+    said = [
+        f"<b>{len(sites)}</b> sites",
+        *(f"<b>{n}</b> held by {escape(_HELD.get(by, by))}" for by, n in held.most_common()),
+    ]
     said.append(f"<b>{stuck}</b> can't be switched" if stuck else "all can be switched")
     return f'{drawing.bar(parts)}<p class="said">{"; ".join(said)}.</p>'
 
@@ -124,7 +127,7 @@ def _site(site: Mapping[str, Any], owner: str, name: str) -> str:
 
 
 def _limit(mode: str, code: str, why: str) -> str:
-    link = f' <a href="#{code}">{code}</a>' if code else ""
+    link = f' <a href="#{escape(code)}">{escape(code)}</a>' if code else ""
     return f'<span class="limit">not to {escape(mode)}{link}: {escape(why)}</span>'
 
 

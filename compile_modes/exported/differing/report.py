@@ -121,11 +121,9 @@ class DiffReport:
         if self.programs:
             parts.append(self.programs)
         if self.sites:
-            rows = [(s.what, s.op, s.owner or "(root)", s.text) for s in self.sites]
-            if any(site.program for site in self.sites):
-                rows = [(row[0], site.program or "", *row[1:]) for row, site in zip(rows, self.sites, strict=True)]
-            head_row = ("sites", *(("program",) if len(rows[0]) == 5 else ()), "op", "owner", "what differs")
-            parts.append(console.table(head_row, rows))
+            two = any(site.program for site in self.sites)
+            rows = [(s.what, *[s.program or ""] * two, s.op, s.owner or "(root)", s.text) for s in self.sites]
+            parts.append(console.table(("sites", *["program"] * two, "op", "owner", "what differs"), rows))
         if self.weights:
             parts.append(console.table(("weights", "name", "what differs"), [_row(w) for w in self.weights]))
         if self.left_out:
