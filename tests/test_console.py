@@ -80,8 +80,7 @@ def test_importing_the_package_does_not_import_rich():
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
-@pytest.fixture
-def terminal(monkeypatch, capsys):
+def on_a_terminal(monkeypatch):
     """Makes stderr a terminal, wide enough for any line."""
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
@@ -100,7 +99,8 @@ class Long(torch.nn.Module):
         return self.drop(x)
 
 
-def test_binding_shows_its_stages_if_the_program_is_large(terminal, capsys, monkeypatch):
+def test_binding_shows_its_stages_if_the_program_is_large(capsys, monkeypatch):
+    on_a_terminal(monkeypatch)
     program = torch.export.export(Long(20), (torch.ones(2),))
     cm.bind(program)
     assert capsys.readouterr().err == ""
@@ -112,14 +112,16 @@ def test_binding_shows_its_stages_if_the_program_is_large(terminal, capsys, monk
     assert "4/4" in capsys.readouterr().err
 
 
-def test_export_shows_how_many_it_has_made(terminal, capsys):
+def test_export_shows_how_many_it_has_made(capsys, monkeypatch):
+    on_a_terminal(monkeypatch)
     cm.export(Small(3), (torch.randn(2, 3),))
     assert "2 exports" in capsys.readouterr().err
     cm.export(Small(3), (torch.randn(2, 3),), progress=False)
     assert capsys.readouterr().err == ""
 
 
-def test_a_package_names_the_mode_that_it_compiles(terminal, capsys, tmp_path, monkeypatch):
+def test_a_package_names_the_mode_that_it_compiles(capsys, tmp_path, monkeypatch):
+    on_a_terminal(monkeypatch)
     said = []
 
     def compiled(mode, program, options):

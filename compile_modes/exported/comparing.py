@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compile_modes import pages
 from compile_modes.errors import summary
 from compile_modes.exported.observing import BACKWARD, CALL, DREW, Key
 
@@ -102,6 +103,9 @@ class VerifyReport:
         for reason, count in Counter(self.left_out).items():
             lines.append(f"  left out: {count} mode vectors: {reason}")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return pages.report(str(self))
 
     def compare(
         self, eager: Mapping[Key, Any], ours: Mapping[Key, Any], modes: Mapping[str, bool], call: int, tolerance: Any

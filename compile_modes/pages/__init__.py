@@ -8,5 +8,6 @@ is escaped: names of modules are anybody's.
 from compile_modes.pages.differing import difference as difference
 from compile_modes.pages.document import document as document
 from compile_modes.pages.document import fragment as fragment
+from compile_modes.pages.document import report as report
 from compile_modes.pages.document import write as write
 from compile_modes.pages.explained import explanation as explanation

@@ -9,7 +9,7 @@ from typing import Any
 
 from compile_modes import messages
 from compile_modes.files import FileLike, label, replacing
-from compile_modes.pages.drawing import escape
+from compile_modes.pages.drawing import codes_in, escape, linked, told
 
 _PAGE = """\
 <!doctype html>
@@ -49,6 +49,11 @@ def fragment(body: str, title: str = "") -> str:
     """The same for the output of a notebook's cell: without scripts, in the colours of the notebook."""
     head = f"<b>{escape(title)}</b>" if title else ""
     return f'<div class="cm-modes"><style>{_file("style.css")}</style>{head}{body}</div>'
+
+
+def report(text: str) -> str:
+    """The text of a report as a fragment, with what its codes mean."""
+    return fragment(f"<pre>{linked(text)}</pre>{told(codes_in([text]))}")
 
 
 def write(page: str, file: FileLike) -> None:

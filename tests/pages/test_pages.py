@@ -91,7 +91,7 @@ def test_a_page_takes_the_place_of_a_file_or_goes_into_a_stream(tmp_path):
     assert os.listdir(tmp_path) == ["modes.html"]
 
 
-@pytest.mark.parametrize("given", [3, "", True, io.StringIO(), ["modes.html"]], ids=repr)
+@pytest.mark.parametrize("given", [3, "", True, io.StringIO(), ["modes.html"]], ids=lambda given: type(given).__name__)
 def test_what_is_no_file_is_refused(given):
     with pytest.raises(cm.OptionError, match=r"CM917: html=.* is no file to write to"):
         cm.explain(program(), html=given)
