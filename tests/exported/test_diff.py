@@ -251,6 +251,24 @@ def test_kinds_that_differ_are_told_with_their_values():
     assert (found.text, found.largest, found.elements) == ("float32 [2] on cpu -> float32 [3] on cpu", None, None)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.eye(3).to_sparse(),
+        nn.UninitializedParameter,
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    ],
+    ids=["sparse", "lazy", "nested"],
+)
+def test_what_cannot_be_compared_is_left_out_by_name(make):
+    tensor = make()
+    found, left_out, pairs = weights.differing({"w": tensor}, {"w": make()})
+    assert (found, pairs) == ([], 1)
+    assert left_out["w"].startswith("RuntimeError: ")
+    ((lost,), _, _), ((added,), _, _) = weights.differing({"w": tensor}, {}), weights.differing({}, {"w": tensor})
+    assert (lost.what, added.what) == ("lost", "added")
+
+
 def test_what_has_no_values_is_left_out_by_name():
     found, left_out, _ = weights.differing({"w": torch.ones(2, device="meta")}, {"w": torch.zeros(2, device="meta")})
     assert (found, left_out) == ([], {"w": "ValueError: it has no values"})

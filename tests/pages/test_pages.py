@@ -118,6 +118,17 @@ def test_names_that_no_encoding_has_are_written(tmp_path):
     assert "half \\ud800 a pair" in (tmp_path / "odd.html").read_text("utf-8")
 
 
+def test_reports_are_shown_in_notebooks_with_what_their_codes_mean():
+    model = Small(4)
+    shown = cm.verify(cm.bind(program(model)), model, VECTORS, vectors=0)._repr_html_()
+    assert "<pre>equal: 2 mode vectors" in shown
+    refused = cm.set_mode(program(Attention().eval(), TOKENS).module(), True)
+    shown = refused._repr_html_()
+    assert '<a href="#CM713">CM713</a>' in shown
+    assert "<b>What to do:</b> export in train mode" in shown
+    assert str(refused).splitlines()[0] in shown
+
+
 def test_hostile_names_of_modules_are_escaped(tmp_path):
     model = nn.Sequential()
     model.add_module("<script>alert(1)</script>", nn.Dropout(0.5))

@@ -45,20 +45,27 @@ def differing(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> tuple[list[We
     found, left_out = [], {}
     for name, tensor in a.items():
         if name not in b:
-            found.append(WeightDifference("lost", name, shown(tensor), None))
+            found.append(WeightDifference("lost", name, _kind(tensor), None))
             continue
         largest, elements = None, 0
-        if tensor.shape == b[name].shape:
-            try:
+        try:
+            if tensor.shape == b[name].shape:
                 largest, elements = _apart(tensor.detach(), b[name].detach())
-            except Exception as error:  # subclasses of tensors raise whatever they lack
-                left_out[name] = summary(error)
-        kinds = shown(tensor), shown(b[name])
+        except Exception as error:  # tensors of other layouts and subclasses raise whatever they lack
+            left_out[name] = summary(error)
+        kinds = _kind(tensor), _kind(b[name])
         if elements or kinds[0] != kinds[1]:
             counted = elements if largest is not None else None
             found.append(WeightDifference("changed", name, *kinds, largest, counted))
-    found += [WeightDifference("added", name, None, shown(b[name])) for name in b if name not in a]
+    found += [WeightDifference("added", name, None, _kind(b[name])) for name in b if name not in a]
     return found, left_out, len(a.keys() & b.keys())
+
+
+def _kind(tensor: Tensor) -> str:
+    """What a tensor is: dtype, shape and device; its type if it has no shape, nested or not initialised yet."""
+    with contextlib.suppress(RuntimeError):
+        return shown(tensor)
+    return type(tensor).__name__
 
 
 def _apart(a: Tensor, b: Tensor) -> tuple[float, int]:
