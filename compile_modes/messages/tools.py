@@ -50,7 +50,7 @@ NO_SUCH_LOSS = Error(
 )
 NOT_COMPARABLE = Error(
     "CM916",
-    "a {kind} holds no graph to compare",
+    "{kind} holds no graph to compare",
     "{remedy}",
     where="{where}",
     raised=BindError,

@@ -6,6 +6,7 @@ from typing import Any
 
 from compile_modes.pages.drawing import escape
 
+_DEEP = 60  # levels that are shown as such: browsers take apart what is nested deeper than some hundreds
 _FEW = 40  # items that are shown without opening anything
 
 
@@ -40,7 +41,7 @@ def tree(items: Sequence[tuple[str, Any]]) -> Branch:
     root = Branch("(root)", "")
     for path, item in items:
         branch = root
-        for name in path.split(".") if path else ():
+        for name in path.split(".", _DEEP) if path else ():
             below = f"{branch.path}.{name}" if branch.path else name
             branch = branch.children.setdefault(name, Branch(name, below))
         branch.items.append(item)

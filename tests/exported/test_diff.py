@@ -213,7 +213,7 @@ def test_nothing_is_changed_by_comparing():
 def test_what_holds_no_graph_is_refused(given, kind, says):
     program = exported(Small(4), VECTORS)
     for pair, where in (((given, program), "the first argument"), ((program, given), "the second argument")):
-        with pytest.raises(cm.BindError, match=f"CM916: a {kind} holds no graph") as error:
+        with pytest.raises(cm.BindError, match=f"CM916: {kind} holds no graph") as error:
             cm.diff(*pair)
         assert error.value.where == where
         assert says in error.value.remedy

@@ -12,7 +12,7 @@ from torch import nn
 import compile_modes as cm
 from compile_modes import messages, pages
 from compile_modes.graph.explain import survey
-from compile_modes.pages.tree import tree
+from compile_modes.pages.tree import drawn, tree
 from nets import TOKENS, VECTORS, Attention, Small
 
 pytestmark = pytest.mark.filterwarnings("ignore::compile_modes.ModeWarning")
@@ -77,8 +77,9 @@ def test_chains_of_modules_are_one_branch():
     (below,) = root.children["a"].children.values()
     assert (below.name, below.path, below.items) == ("d.e", "a.b.c.d.e", [2])
     assert root.below() == [4, 1, 2, 3]
-    deep = tree([(".".join("a" * 5000), 1)])
-    assert deep.children["a"].items == [1]
+    deep = tree([(".".join("a" * depth), depth) for depth in range(1, 1000)])
+    assert deep.below() == list(range(1, 1000))
+    assert drawn(deep, lambda one, path, name: f"<li>{one}</li>", lambda below: "", bool).count("<details") < 100
 
 
 def test_a_page_takes_the_place_of_a_file_or_goes_into_a_stream(tmp_path):

@@ -63,11 +63,12 @@ def _difference(a: Described | None, b: Described | None, program: str | None) -
     assert one is not None
     owner, op = one.facts["owner"], one.facts["op"]
     if a is None or b is None:
-        told = {name: one.facts[name] for name in ("mode", "held by", *one.literals)}
+        names = ("mode", "held by", *one.literals)
+        told = {name: one.facts[name] for name in names if not str(one.facts[name]).endswith(_GIVEN)}
         changes = {name: (value, None) if b is None else (None, value) for name, value in told.items()}
         return SiteDifference("lost" if b is None else "added", program, owner, op, changes)
-    names = dict.fromkeys([*a.facts, *b.facts])
-    both = {name: (a.facts.get(name), b.facts.get(name)) for name in names}
+    either = dict.fromkeys([*a.facts, *b.facts])
+    both = {name: (a.facts.get(name), b.facts.get(name)) for name in either}
     changes = {name: pair for name, pair in both.items() if not _same(*pair)}
     return SiteDifference("changed", program, owner, op, changes) if changes else None
 
