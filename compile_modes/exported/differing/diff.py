@@ -34,8 +34,8 @@ def diff(a: Any, b: Any) -> DiffReport:
 
     >>> before = torch.export.export(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), (torch.ones(2, 4),))
     >>> report = diff(before, bind(before).eval())
-    >>> [site.changes["mode"] for site in report.sites]
-    [('train', 'eval')]
+    >>> print(report.sites[0].text)
+    mode: train -> eval, held by: literal -> flag
 
     Args:
         a: an ExportedProgram, a GraphModule (exported, bound, captured or PT2E-prepared), an UnflattenedModule, what
