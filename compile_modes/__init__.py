@@ -17,6 +17,8 @@ from compile_modes.errors import (
 )
 from compile_modes.exported.baking import bake
 from compile_modes.exported.comparing import VerifyReport
+from compile_modes.exported.differing.diff import diff
+from compile_modes.exported.differing.report import DiffReport
 from compile_modes.exported.exporting import export
 from compile_modes.exported.joining import bind
 from compile_modes.exported.literals import restore_literals
@@ -50,6 +52,7 @@ __all__ = [
     "CallError",
     "CaptureError",
     "CompileModesError",
+    "DiffReport",
     "ExportError",
     "ModePass",
     "ModeWarning",
@@ -67,6 +70,7 @@ __all__ = [
     "allow_exported_model_train_eval",
     "bake",
     "bind",
+    "diff",
     "explain",
     "export",
     "exportable",

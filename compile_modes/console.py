@@ -51,7 +51,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 @contextlib.contextmanager
 def progress(title: str, steps: Sequence[str], show: bool) -> Iterator[Callable[[], None]]:
-    """A progress bar on stderr that names the step in hand; without rich, or unless ``show``, there is none.
+    """A progress bar on the terminal that names the step in hand.
 
     >>> with progress("warming up", ["train", "eval"], show=False) as advance:
     ...     for mode in (True, False):
@@ -60,12 +60,12 @@ def progress(title: str, steps: Sequence[str], show: bool) -> Iterator[Callable[
     Args:
         title: what is going on.
         steps: a name for each step.
-        show: whether to draw anything.
+        show: whether to draw anything; nothing is drawn without rich, or if stderr is no terminal.
 
     Returns:
         A context manager that gives the function to call after each step.
     """
-    rich = _rich("progress", "console") if show else None
+    rich = _rich("progress", "console") if show and sys.stderr.isatty() else None
     if rich is None:
         yield lambda: None
         return
@@ -85,13 +85,13 @@ def progress(title: str, steps: Sequence[str], show: bool) -> Iterator[Callable[
 def counter(title: str, *, show: bool, after: int) -> Iterator[Callable[[], None]]:
     """A line on the terminal that counts steps whose number isn't known, and their time; gone afterwards.
 
-    >>> with counter("exports", show=False, after=2) as count:
+    >>> with counter("exports", show=False, after=0) as count:
     ...     count()
 
     Args:
         title: what is counted.
         show: whether to draw anything; nothing is drawn without rich, or if stderr is no terminal.
-        after: how many steps are not worth a line.
+        after: how many steps are not worth a line; with 0, there is one from the beginning.
 
     Returns:
         A context manager that gives the function to call after each step.
@@ -115,6 +115,8 @@ def counter(title: str, *, show: bool, after: int) -> Iterator[Callable[[], None
             bar.start()
 
     try:
+        if not after:
+            bar.start()
         yield count
     finally:
         bar.stop()

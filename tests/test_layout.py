@@ -8,7 +8,7 @@ import compile_modes
 
 PACKAGE = Path(compile_modes.__file__).parent
 # Each folder imports only from those on floors below its own; files on the top level are the base, or the face.
-BASE = {"errors", "messages", "console", "logs"}
+BASE = {"errors", "messages", "console", "files", "logs", "pages"}
 FLOORS = [
     {"_compat"},
     BASE,

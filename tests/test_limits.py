@@ -261,6 +261,7 @@ PROVOKED = {
     (38, "CM025"): lambda: cm.package(
         nn.Linear(4, 4), (X,), io.BytesIO(), loss=lambda y: HEAD(y).sum(), modes=["train"]
     ),
+    (41, "CM916"): lambda: cm.diff(HEAD, HEAD),
 }
 # Provoked elsewhere, for they take a graph that is made for it, or a torch that is.
 ELSEWHERE = {(18, "CM304"), (22, "CM411"), (22, "CM401"), (31, "CM415")}

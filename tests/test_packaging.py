@@ -44,7 +44,7 @@ def isolation():
 
 
 def test_the_wheel_has_all_of_the_package_and_nothing_else(wheel):
-    files = [path for path in (ROOT / "compile_modes").rglob("*") if path.suffix in (".py", ".typed")]
+    files = [path for path in (ROOT / "compile_modes").rglob("*") if path.suffix in (".py", ".typed", ".css", ".js")]
     expected = {path.relative_to(ROOT).as_posix() for path in files}
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert names == expected

@@ -134,9 +134,12 @@ def place(kernels: Mapping[str, bytes]) -> None:
 
 def opened(data: bytes) -> Callable[..., Sequence[Any]]:
     """The function that some bytes are. It takes what the graph takes, one by one, and checks little of it."""
+    from torch._inductor import config
     from torch._inductor.standalone_compile import AOTCompiledArtifact
 
-    with warnings.catch_warnings():
+    # Headers would be compiled ahead of the kernels, also where no kernel is to be.
+    plain = {"cpp_cache_precompile_headers": False} if hasattr(config, "cpp_cache_precompile_headers") else {}
+    with warnings.catch_warnings(), config.patch(plain):
         warnings.filterwarnings("ignore", category=UserWarning, module="torch")
         return AOTCompiledArtifact.deserialize(data)
 

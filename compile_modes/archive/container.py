@@ -3,13 +3,10 @@
 import contextlib
 import io
 import os
-import secrets
-import shutil
 import sys
-import tempfile
 import zipfile
 from collections.abc import Iterator
-from typing import IO, Any, TypeAlias
+from typing import IO, Any
 
 import torch
 from torch.export.pt2_archive import PT2ArchiveWriter
@@ -17,16 +14,12 @@ from torch.export.pt2_archive.constants import ARCHIVE_FORMAT_PATH, EXTRA_DIR, M
 
 from compile_modes import messages
 from compile_modes.errors import ArchiveError
-
-FileLike: TypeAlias = str | os.PathLike[str] | IO[bytes]
+from compile_modes.files import FileLike as FileLike
+from compile_modes.files import label as label
+from compile_modes.files import replacing as replacing
 
 HEADER = f"{EXTRA_DIR}compile_modes.json"  # the record that makes an archive one of ours
 _CHUNK = 1 << 24
-
-
-def label(file: FileLike) -> str:
-    """How error messages call a file."""
-    return os.fspath(file) if isinstance(file, str | os.PathLike) else f"a {type(file).__name__}"
 
 
 class Sink(io.RawIOBase):
@@ -94,36 +87,6 @@ def writing(file: FileLike) -> Iterator[Writer]:
             sink.check()
     except OSError as error:
         raise messages.NOT_WRITTEN.error(error=error, file=label(file)) from error
-
-
-@contextlib.contextmanager
-def replacing(file: FileLike) -> Iterator[IO[bytes]]:
-    """A stream whose content takes the place of ``file`` when the block ends well; raises OSError or ArchiveError."""
-    if not isinstance(file, str | os.PathLike):
-        with tempfile.TemporaryFile() as stream:
-            yield stream
-            stream.seek(0)
-            shutil.copyfileobj(stream, file)
-        return
-    target = os.path.realpath(file)  # a link stays a link
-    if os.path.isdir(target):
-        raise messages.IS_DIRECTORY.error(file=label(file))
-    if os.path.exists(target) and not os.path.isfile(target):  # a device, which os.replace() would do away with
-        raise messages.NOT_A_FILE.error(file=label(file))
-    directory, name = os.path.split(target)
-    temporary = os.path.join(directory, f".{name[:100]}.{secrets.token_hex(8)}")
-    try:
-        with open(temporary, "xb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        if os.path.exists(target):
-            shutil.copymode(target, temporary)
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
 
 
 class Reader:

@@ -1,4 +1,4 @@
-"""The command line: ``compile-modes`` demo, explain and bake.
+"""The command line: ``compile-modes`` demo, explain, bake, diff, package and inspect.
 
 Imports every other folder; nothing imports it.
 """

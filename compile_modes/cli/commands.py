@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from compile_modes import messages
+from compile_modes import messages, pages
 from compile_modes.cli.files import Opened, check_free, open_file, write_program
 from compile_modes.errors import BindError, CompileModesError
 from compile_modes.exported.programs import Request, prepare, refusals
@@ -52,6 +52,7 @@ def add_to(commands: Any) -> None:
     explain.add_argument("--mode", choices=MODES, help="show it as it would be in this mode")
     explain.add_argument("--graph", action="store_true", help="show the graph as it is stored, and as it would be")
     explain.add_argument("--json", action="store_true", help="for machines, see below")
+    add_page(explain)
     explain.add_argument("--strict", action="store_true", help="exit with 1 if something can't be switched")
     status = "something that depends on mode can't be put into the mode that is asked for; nothing is written"
     bake = _command(commands, "bake", _bake, "write a standard program in one mode, for torch.export.load()", status)
@@ -87,6 +88,19 @@ def _command(
     return parser
 
 
+def add_page(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of a command that writes a page."""
+    parser.add_argument("--html", metavar="FILE", help="write it as a page that needs no network")
+    parser.add_argument("--force", action="store_true", help="replace a file that is there")
+
+
+def write_page(args: argparse.Namespace, title: str, body: str) -> None:
+    """Writes the page that is asked for, if one is."""
+    if args.html is not None:
+        pages.write(pages.document(title, body), args.html)
+        print(args.html, file=sys.stderr)
+
+
 def _override(text: str) -> tuple[str, str]:
     pattern, equals, mode = text.rpartition("=")  # the root's pattern is empty
     if not equals or mode not in MODES:
@@ -94,8 +108,13 @@ def _override(text: str) -> tuple[str, str]:
     return pattern, mode
 
 
-def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """Runs a command; what is wrong with its input is said on stderr, without a traceback."""
+def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace, stuck: int = STUCK) -> int:
+    """Runs a command; what is wrong with its input is said on stderr, without a traceback.
+
+    Args:
+        run: the command, and ``args`` what it takes.
+        stuck: the exit status for what can't be bound.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of some torch releases, about their own code
@@ -110,7 +129,7 @@ def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) 
         return FINE
     except CompileModesError as error:
         print(f"error: {error}", file=sys.stderr)
-        return STUCK if isinstance(error, BindError) else UNUSABLE
+        return stuck if isinstance(error, BindError) else UNUSABLE
 
 
 def _import(name: str) -> None:
@@ -121,7 +140,10 @@ def _import(name: str) -> None:
 
 
 def _explain(args: argparse.Namespace) -> int:
+    if args.html is not None and not args.force:
+        check_free(args.html)
     report = _report(open_file(args.file), args)
+    write_page(args, f"Modes: {args.file}", pages.explanation(report))
     print(json.dumps(report, indent=2) if args.json else _as_text(report))
     return STUCK if args.strict and (report["complaints"] or report["refused"]) else FINE
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import compile_modes
-from compile_modes.cli import commands, packages
+from compile_modes.cli import commands, diff, packages
 
 SCRIPT = "compile-modes"  # its name in pyproject.toml
 
@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     demo.set_defaults(run=_demo)
     commands.add_to(subparsers)
+    diff.add_to(subparsers)
     packages.add_to(subparsers)
     return parser
 

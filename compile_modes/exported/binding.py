@@ -1,7 +1,7 @@
 """``bind``: flags that a graph reads, instead of literals that it has swallowed."""
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from compile_modes import _compat, messages
 from compile_modes._compat import copies, direct_calls
+from compile_modes.console import progress
 from compile_modes.errors import CompileModesError, ModeWarning
 from compile_modes.exported import planning
 from compile_modes.exported.arguments import take_names
@@ -26,6 +27,9 @@ from compile_modes.graph.owners import join
 from compile_modes.graph.rewrite import make_one_node
 from compile_modes.graph.sites import BOUND, HARD_CODED, KEPT, Site, add_note
 from compile_modes.graph.view import Body, View, attribute
+
+_LARGE = 10_000  # nodes, from which on a progress bar is worth its line
+_STAGES = ("module of the program", "sites", "flags", "what is left")
 
 
 def bind(exported: Any, *, keep: Sequence[str] = (), dropout_p: Mapping[str, float] | None = None) -> Any:
@@ -81,10 +85,20 @@ def bind_root(
     Returns:
         The bound module with the graph, what was planned (its sites in the modes of before), and what else to warn of.
     """
+    size = len(exported.graph.nodes) if isinstance(getattr(exported, "graph", None), fx.Graph) else 0
+    with progress("bind", _STAGES, show=size >= _LARGE) as advance:
+        return _bind_root(exported, keep, dropout_p, advance)
+
+
+def _bind_root(
+    exported: Any, keep: Sequence[str], dropout_p: Mapping[str, float] | None, advance: Callable[[], None]
+) -> tuple[nn.Module, planning.Plan, list[ModeWarning]]:
+    """As :func:`bind_root`; ``advance`` is called after each of the stages."""
     root = graph_root(exported)
     program = exported if isinstance(exported, torch.export.ExportedProgram) else None
     if program is not None:
         _restore_state(root, program)
+    advance()
     recomposed = recompose(View(root), program)
     view = recomposed.view
     gone = [] if recomposed.decomposed else left_nothing(view, program)
@@ -95,13 +109,16 @@ def bind_root(
         raise
     if own(view):
         plan = planning.plan_binding(View(root), keep, dropout_p, gone, decomposed=recomposed.decomposed)
+    advance()
     take_names(root)  # first: carrying out generates the code
     carry_out(plan)
+    advance()
     trains = any(plan.modes.values()) or any(site.training for site in plan.kept)
     if recomposed.decomposed:
         remarks = remark(View(root), program, trains)
     else:
         remarks = None if trains else remark_nothing(root, plan.gone)
+    advance()
     return root, plan, [remarks] if remarks else []
 
 

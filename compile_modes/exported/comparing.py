@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compile_modes import pages
 from compile_modes.errors import summary
 from compile_modes.exported.observing import BACKWARD, CALL, DREW, Key
 
@@ -103,6 +104,9 @@ class VerifyReport:
             lines.append(f"  left out: {count} mode vectors: {reason}")
         return "\n".join(lines)
 
+    def _repr_html_(self) -> str:
+        return pages.report(str(self))
+
     def compare(
         self, eager: Mapping[Key, Any], ours: Mapping[Key, Any], modes: Mapping[str, bool], call: int, tolerance: Any
     ) -> None:
@@ -151,17 +155,24 @@ def difference(eager: Any, ours: Any, tolerance: Tolerance) -> tuple[float, str,
     """How large the difference of two values is, what it is in words, and whether they count as equal."""
     if not isinstance(eager, Tensor) or not isinstance(ours, Tensor):
         same = _same(eager, ours)
-        return (0.0, "", True) if same else (math.inf, f"{_shown(ours)}, which is {_shown(eager)} in eager", False)
+        return (0.0, "", True) if same else (math.inf, f"{shown(ours)}, which is {shown(eager)} in eager", False)
     if (eager.shape, eager.dtype, eager.device) != (ours.shape, ours.dtype, ours.device):
-        return math.inf, f"{_shown(ours)}, which is {_shown(eager)} in eager", False
+        return math.inf, f"{shown(ours)}, which is {shown(eager)} in eager", False
     if eager is ours or torch.equal(eager, ours):
         return 0.0, "", True
     if eager.dtype is torch.uint8:
         return math.inf, "another state", False  # of a generator, mostly, which has no size
-    a, b = (t.to(torch.complex128) if t.is_complex() else t.double() for t in (eager, ours))
-    gaps = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs()).nan_to_num(math.inf, math.inf)
-    size = gaps.max().item()
+    size = gaps(eager, ours).max().item()
     return size, f"off by {size:.3g}", size <= tolerance.of(eager)
+
+
+def gaps(a: Tensor, b: Tensor) -> Tensor:
+    """How far the elements of two tensors of one shape are apart, in float64.
+
+    NaNs are not apart from NaNs; infinitely far is what only one of them has as a NaN or an infinity.
+    """
+    a, b = (t.to(torch.complex128) if t.is_complex() else t.double() for t in (a, b))
+    return torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs()).nan_to_num(math.inf, math.inf)
 
 
 def _comparable(eager: Mapping[Key, Any], ours: Mapping[Key, Any]) -> list[Key]:
@@ -181,7 +192,8 @@ def _same(a: Any, b: Any) -> bool:
     return a is b or bool(a == b)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as a report shows it: of a tensor, dtype, shape and device."""
     if value is None:
         return "none"
     if isinstance(value, Tensor):

@@ -34,7 +34,7 @@ class Exporter:
     Args:
         model: the eager module.
         args, kwargs, dynamic_shapes: as for ``torch.export.export``.
-        progress: whether to show how many exports it takes, if more than the usual two.
+        progress: whether to show on a terminal how many exports it has taken so far.
 
     Attributes:
         modes: those that the model had, by submodule.
@@ -61,7 +61,7 @@ class Exporter:
         self._count: Callable[[], None] = lambda: None
 
     def __enter__(self) -> "Exporter":
-        self._count = self._resources.enter_context(counter("exports", show=self.progress, after=2))
+        self._count = self._resources.enter_context(counter("exports", show=self.progress, after=0))
         return self
 
     def __exit__(self, *exception: Any) -> None:

@@ -57,7 +57,7 @@ def export(
             does where Python decides; what ``forward`` keeps in Python (a list, a count) is moved on by these calls, as
             by any. One graph that isn't equal in some modes becomes two programs. With
             ``probe=False``, they are run in train and eval alone.
-        progress: whether to show on a terminal how many exports it takes, where two are not enough; with rich only.
+        progress: whether to show on a terminal how many exports it has taken so far; with rich only.
 
     Returns:
         A module with the submodules, ``state_dict`` and modes of ``model``.

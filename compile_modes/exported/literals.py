@@ -16,7 +16,7 @@ from compile_modes.graph.sites import Site
 from compile_modes.graph.view import View
 
 _ADD = torch.ops.aten.add.Tensor
-_Key = tuple[str, str]
+Home = tuple[str, str]
 
 
 def restore_literals(module: nn.Module, exported: Any) -> list[str]:
@@ -40,20 +40,20 @@ def restore_literals(module: nn.Module, exported: Any) -> list[str]:
     root = editable(module)
     view = View(root)
     found, before = find(view), _literals(sites(exported))
-    if found and not any(_key(site) in before for site in found):
-        homes = sorted({home or "(root)" for home, _ in map(_key, found)})
+    if found and not any(home_of(site) in before for site in found):
+        homes = sorted({home or "(root)" for home, _ in map(home_of, found)})
         raise messages.OTHER_PROGRAM.error(owners=", ".join(homes))
     changed: list[str] = []
     edited: set[nn.Module] = set()
     stds = _variances(view)
     for site in found:
-        for name, value in before.get(_key(site), {}).items():
+        for name, value in before.get(home_of(site), {}).items():
             old = site.literals.get(name)
             if old == value or not isinstance(old, float) or (name == site.op.p and site.op.flag is None):
                 continue
             set_argument(site, name, value)
             edited.add(site.body.module)
-            home = _key(site)[0]
+            home = home_of(site)[0]
             changed.append(f"{home or '(root)'}: {name} {old} -> {value}")
             for owner, node in stds.pop((home, old), ()) if name in ("eps", "epsilon") else ():
                 node.update_arg(1, value)
@@ -63,18 +63,18 @@ def restore_literals(module: nn.Module, exported: Any) -> list[str]:
     return changed
 
 
-def _key(site: Site) -> _Key:
-    """Whose site it is, also where a tool has put a pattern of its own, which knows no owners, in its place."""
+def home_of(site: Site) -> Home:
+    """Whose site it is, and its family, also where a tool has put a pattern that knows no owners in its place."""
     stats = site.body.view.state[site.read(site.op.stats[0])] if site.op.stats else None
     return (site.owner if stats is None else stats.rpartition(".")[0]), site.op.family
 
 
-def _literals(found: Sequence[Site]) -> dict[_Key, dict[str, Any]]:
+def _literals(found: Sequence[Site]) -> dict[Home, dict[str, Any]]:
     """The literals of each owner, as far as its sites agree on them."""
-    values: dict[_Key, dict[str, set[Any]]] = defaultdict(lambda: defaultdict(set))
+    values: dict[Home, dict[str, set[Any]]] = defaultdict(lambda: defaultdict(set))
     for site in found:
         for name, value in site.literals.items():
-            values[_key(site)][name].add(value)
+            values[home_of(site)][name].add(value)
     return {key: {n: next(iter(v)) for n, v in names.items() if len(v) == 1} for key, names in values.items()}
 
 

@@ -8,7 +8,8 @@ from typing import Any
 from torch import fx, nn
 from torch._ops import OpOverload
 
-from compile_modes import _compat, console, messages
+from compile_modes import _compat, console, messages, pages
+from compile_modes.files import FileLike
 from compile_modes.graph.aliases import reused
 from compile_modes.graph.dual import DualModule
 from compile_modes.graph.effects import viewed, written_operands
@@ -22,7 +23,20 @@ from compile_modes.graph.sites import KEPT, REMARKS, Site, note
 from compile_modes.graph.view import Body, View
 
 
-def explain(obj: Any) -> str:
+class Explanation(str):
+    """What :func:`explain` gives: text, which notebooks show as HTML.
+
+    Attributes:
+        data: what is shown, as :func:`survey` gives it.
+    """
+
+    data: Mapping[str, Any]
+
+    def _repr_html_(self) -> str:
+        return pages.fragment(pages.explanation(self.data))
+
+
+def explain(obj: Any, *, html: FileLike | None = None) -> Explanation:
     """A table of the sites of ``obj``: op, owner, mode, literals, and each switch that isn't possible, with the reason.
 
     "held by" says what decides the mode: a ``flag`` that the graph reads, the ``literal`` that export has baked in, one
@@ -31,9 +45,28 @@ def explain(obj: Any) -> str:
     Below it stands what may depend on mode although nothing in the program says so: random numbers that are drawn, and
     buffers that are written, in both modes.
 
-    Takes what :func:`sites` takes and raises what it raises; CompileModesError also if rich is not installed.
+    Args:
+        obj: what :func:`sites` takes.
+        html: a file to write the same to, as a page that needs no network: the tree of modules with the mode of each
+            site, search and filters, and what each code means. A path, in whose place it appears whole or not at all;
+            or a stream of bytes.
+
+    Returns:
+        The table: a ``str``, which notebooks show as HTML.
+
+    Raises:
+        BindError: ``obj`` holds no graph.
+        OptionError: ``html`` is no file.
+        ArchiveError: the page can't be written.
+        CompileModesError: rich is not installed.
     """
-    return as_text(survey(obj))
+    data = survey(obj)
+    text = Explanation(as_text(data))
+    text.data = data
+    if html is not None:
+        module = getattr(obj, "_orig_mod", obj)
+        pages.write(pages.document(f"Modes: {type(module).__name__}", pages.explanation(data)), html)
+    return text
 
 
 def survey(obj: Any) -> dict[str, Any]:

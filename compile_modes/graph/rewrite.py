@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from compile_modes import _compat, messages
+from compile_modes import _compat, messages, pages
 from compile_modes.graph import calls
 from compile_modes.graph.edits import insert_dropout, insert_step, loosen_views, own, set_argument
 from compile_modes.graph.finding import find, graph_root
@@ -34,6 +34,9 @@ class Report:
     def __str__(self) -> str:
         counts = f"{len(self.changed)} changed, {len(self.unchanged)} already right, {len(self.refused)} refused"
         return "\n".join([counts, *(f"  {site.node.name} (owner {site.owner!r}): {why}" for site, why in self.refused)])
+
+    def _repr_html_(self) -> str:
+        return pages.report(str(self))
 
 
 def set_mode(graph_module: nn.Module, training: bool | None, *, overrides: Mapping[str, str] | None = None) -> Report:

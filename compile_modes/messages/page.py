@@ -45,14 +45,14 @@ def markdown() -> str:
 def _section(entry: Message) -> Iterator[str]:
     yield f"### {entry.code}\n"
     shown = isinstance(entry, Reason)  # whose remedy is not shown with it
-    cause, where, remedy = (_with_names(text) for text in (entry.cause, entry.where, entry.remedy))
+    cause, where, remedy = (with_names(text) for text in (entry.cause, entry.where, entry.remedy))
     yield f"{entry.kind}\n"
     yield f"```text\n{text_of(cause, where, '' if shown else remedy, entry.code)}\n```\n"
     if shown:
         yield f"What to do: {remedy}\n"
 
 
-def _with_names(template: str) -> str:
+def with_names(template: str) -> str:
     """A template with the names of its fields in the place of values."""
     parts = string.Formatter().parse(template)
     return "".join(text + (f"<{name.replace('_', ' ')}>" if name is not None else "") for text, name, _, _ in parts)

@@ -1,6 +1,6 @@
 """CM9xx: the command line, and the tables that it and explain() draw."""
 
-from compile_modes.errors import ArchiveError, CompileModesError, OptionError, PackageError
+from compile_modes.errors import ArchiveError, BindError, CompileModesError, OptionError, PackageError
 from compile_modes.messages.entry import Error
 
 NO_RICH = Error("CM901", "tables need rich, which is not installed", "pip install rich", raised=CompileModesError)
@@ -46,5 +46,18 @@ NO_SUCH_LOSS = Error(
     "there is no such function: {error}",
     "pass --loss module:function, with the module on PYTHONPATH",
     where="{name}",
+    raised=OptionError,
+)
+NOT_COMPARABLE = Error(
+    "CM916",
+    "{kind} holds no graph to compare",
+    "{remedy}",
+    where="{where}",
+    raised=BindError,
+)
+NOT_A_PAGE = Error(
+    "CM917",
+    "html={given!r} is no file to write to",
+    "pass a path, such as 'modes.html', or a file that is open for bytes",
     raised=OptionError,
 )

@@ -10,6 +10,7 @@ from torch import nn
 from compile_modes import messages
 from compile_modes._compat import aoti
 from compile_modes.archive.container import FileLike
+from compile_modes.console import progress as progress_bar
 from compile_modes.errors import few, summary
 from compile_modes.exported.provenance import flags
 from compile_modes.graph.finding import sites
@@ -33,6 +34,7 @@ def package(
     targets: tuple[Any, ...] = (),
     dynamic_shapes: Any = None,
     options: Mapping[str, Any] | None = None,
+    progress: bool = True,
 ) -> None:
     """Compiles a model ahead of time, in several modes over one set of weights, into one file that needs no Python.
 
@@ -56,6 +58,7 @@ def package(
         dynamic_shapes: of the arguments, for an eager module, as for ``torch.export.export``. Sizes of ``targets`` vary
             where those of the arguments do. A bound module has the sizes of its program.
         options: Inductor's options.
+        progress: whether to show a progress bar on a terminal, if rich is installed.
 
     Raises:
         PackageError: this torch has no ahead-of-time training, the loss is no scalar, a value has no place in a
@@ -67,27 +70,31 @@ def package(
     """
     wanted = asked(modes)
     given = _check(options, loss, targets, wanted)
-    bound, names = bound_of(module, args, kwargs, dynamic_shapes)
-    flagged = vectors(bound, wanted)
-    named = submodules(bound)
-    pool = Pool()
-    state = state_of(bound, named, pool)
-    device = next((t.device for t in (*bound.parameters(), *bound.buffers())), torch.device("cpu"))
-    keywords = tuple(kwargs or ())
-    examples = examples_of(bound, (*args, *(kwargs or {}).values()), targets, names, keywords)
-    if loss is not None:
-        check_loss(bound, flagged[TRAIN], examples, loss)
-    programs = {mode: program_of(bound, mode, vector, examples, loss) for mode, vector in flagged.items()}
-    code: dict[str, list[str]] = {}
-    described: dict[str, Any] = {}
-    for mode, program in programs.items():
-        code[mode], constants = _compiled(mode, program, given)
-        known = {entry["name"] for entry in state}
-        held = {name: pool.add_constant(name, value) for name, value in constants.items() if name not in known}
-        reads = [name for name in constants if name in known]
-        described[mode] = _described(program, flagged[mode], held, reads)
-    start = next((mode for mode, vector in flagged.items() if _same(bound, vector)), next(iter(flagged)))
-    files.write(path, _header(bound, names, state, pool, described, examples.nodes, start, device), code, pool)
+    with progress_bar("package", ["export", *(f"compile {mode}" for mode in wanted), "write"], progress) as advance:
+        bound, names = bound_of(module, args, kwargs, dynamic_shapes)
+        flagged = vectors(bound, wanted)
+        named = submodules(bound)
+        pool = Pool()
+        state = state_of(bound, named, pool)
+        device = next((t.device for t in (*bound.parameters(), *bound.buffers())), torch.device("cpu"))
+        values, keywords = (*args, *(kwargs or {}).values()), tuple(kwargs or ())
+        examples = examples_of(bound, values, targets, names, keywords)
+        if loss is not None:
+            check_loss(bound, flagged[TRAIN], examples, loss)
+        programs = {mode: program_of(bound, mode, vector, examples, loss) for mode, vector in flagged.items()}
+        advance()
+        code: dict[str, list[str]] = {}
+        described: dict[str, Any] = {}
+        for mode, program in programs.items():
+            code[mode], constants = _compiled(mode, program, given)
+            known = {entry["name"] for entry in state}
+            held = {name: pool.add_constant(name, value) for name, value in constants.items() if name not in known}
+            reads = [name for name in constants if name in known]
+            described[mode] = _described(program, flagged[mode], held, reads)
+            advance()
+        start = next((mode for mode, vector in flagged.items() if _same(bound, vector)), next(iter(flagged)))
+        files.write(path, _header(bound, names, state, pool, described, examples.nodes, start, device), code, pool)
+        advance()
 
 
 def _check(options: Any, loss: Any, targets: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def warmup(
             them, or a mapping of ``"train"`` and ``"eval"``, the mode of the root, to these. None stands for
             ``{"train": True, "eval": False}``.
         kwargs: keyword arguments of the call.
-        progress: whether to show a progress bar, if rich is installed.
+        progress: whether to show a progress bar on a terminal, if rich is installed.
         background: whether to leave it to a child process, and to return at once.
 
     Returns:

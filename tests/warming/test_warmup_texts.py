@@ -12,8 +12,11 @@ from graphs import graphs_compiled
 from nets import IMAGE, ConvNet, Parent
 
 
-def test_the_bar_names_the_steps(no_inductor, capsys):
+def test_the_bar_names_the_steps_on_a_terminal(no_inductor, capsys, monkeypatch):
     call = torch.compile(ConvNet(), backend="pt2e_modes")
+    cm.warmup(call, IMAGE)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     cm.warmup(call, IMAGE)
     assert "2/2" in capsys.readouterr().err
     cm.warmup(call, IMAGE, progress=False)
@@ -22,6 +25,7 @@ def test_the_bar_names_the_steps(no_inductor, capsys):
 
 def test_no_bar_without_rich(no_inductor, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "rich.progress", None)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert cm.warmup(torch.compile(ConvNet(), backend="pt2e_modes"), IMAGE) == 2
     assert capsys.readouterr().err == ""
 
