@@ -38,8 +38,8 @@ from compile_modes.graph.sites import Site
 from compile_modes.package.loading import load_package
 from compile_modes.package.packaged import Packaged
 from compile_modes.package.packaging import package
-from compile_modes.tuning.adapting import lora
 from compile_modes.tuning.adapter_state import load_lora, lora_state_dict
+from compile_modes.tuning.adapting import lora
 from compile_modes.tuning.freezing import FreezeReport, freeze
 from compile_modes.tuning.heads import replace_head
 from compile_modes.tuning.merging import merge

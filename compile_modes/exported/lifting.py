@@ -41,6 +41,7 @@ def relift(
     added: Mapping[str, torch.Tensor] | None = None,
     unsaved: Collection[str] = (),
     removed: Collection[str] = (),
+    gone: str = "",
 ) -> ExportedProgram:
     """The program that an edited module stands for, in training IR.
 
@@ -55,6 +56,7 @@ def relift(
         added: parameters and buffers that the program doesn't have, by name.
         unsaved: those of them that are buffers without a place in its ``state_dict``.
         removed: parameters and buffers of the program that nothing in ``root`` reads any more.
+        gone: path of a module that the program had; nothing is known any more of how it was called.
 
     Raises:
         BindError: the result would be no valid program.
@@ -68,7 +70,7 @@ def relift(
             ExportGraphSignature(lift.inputs, lift.outputs),
             lift.state,
             dict(program.range_constraints),
-            lift.call_graph(),
+            [entry for entry in lift.call_graph() if not gone or not f"{entry.fqn}.".startswith(f"{gone}.")],
             program.example_inputs,
             lift.constants,
             verifiers=checks,

@@ -68,7 +68,7 @@ NOTHING_TO_MERGE = Error(
 NOT_MERGED = Error(
     "CM261",
     "the adapter of {layer!r} can't be folded: {why}",
-    "keep the adapters, which save(), bake() and compilers take as they are; or leave that layer out of lora()'s targets",
+    "keep the adapters, which save(), bake() and compilers take as they are; or leave that layer out of targets",
     where="{where}",
     raised=TuningError,
 )

@@ -55,7 +55,7 @@ def load_lora(bound: Any, state: Mapping[str, torch.Tensor]) -> None:
     """
     root = tunable(bound, "load_lora")
     present = root.state_dict()
-    needed = [key for key in lora_state_dict(bound)]
+    needed = list(lora_state_dict(bound))
     given = {key.removeprefix(_PEFT): value for key, value in state.items()}
     if missing := [key for key in needed if key not in given]:
         raise messages.LACKS_ADAPTERS.error(names=few(map(repr, missing)))

@@ -15,7 +15,7 @@ from compile_modes.graph.view import Body, attribute
 
 
 def can_carry(body: Body) -> bool:
-    """Whether state of the root can be read in a graph: by an attribute, or as an operand of the one call that runs it."""
+    """Whether a graph can read state of the root: by an attribute, or as an operand of the one call that runs it."""
     if body.parent is None or body.caller is None or body.caller.op == "call_module":
         return True
     target = body.path.removeprefix(body.parent.path).lstrip(".")
@@ -36,7 +36,8 @@ def carried(body: Body, path: str, edited: set[nn.Module]) -> fx.Node:
         return _valued(attr_node(body, local), body, path)
     known = body.view.inputs[body]
     if path not in known:
-        assert body.parent is not None and body.caller is not None
+        assert body.parent is not None
+        assert body.caller is not None
         operand = carried(body.parent, path, edited)
         edited.add(body.parent.module)
         with body.graph.inserting_after(body.inputs[-1]) if body.inputs else body.graph.inserting_before():

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -69,4 +69,5 @@ class Donor:
 
     def program(self, mode: bool) -> fx.GraphModule:
         """A fresh module of the program of a mode; of train where the eval program has lost something."""
-        return cast(fx.GraphModule, (self.train if mode or not self.same else self.evaluation).module())
+        module: fx.GraphModule = (self.train if mode or not self.same else self.evaluation).module()
+        return module

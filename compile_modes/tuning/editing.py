@@ -4,7 +4,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -51,12 +51,13 @@ class Change:
 
     Attributes:
         added: new parameters and buffers, by name; ``unsaved`` names the buffers that no ``state_dict`` has.
-        removed: names of those that go.
+        removed: names of those that go, and ``gone`` the path of the module that goes with them.
     """
 
     added: dict[str, torch.Tensor] = field(default_factory=dict)
     unsaved: Collection[str] = ()
     removed: Collection[str] = ()
+    gone: str = ""
 
 
 def edited_source(
@@ -86,12 +87,12 @@ def edited_source(
 def _edited(
     name: str, program: ExportedProgram, edit: Callable[[fx.GraphModule, bool], None], change: Change
 ) -> ExportedProgram:
-    root = cast(fx.GraphModule, program.module())
+    root: Any = program.module()
     own(View(root))
     modes = [site.training for site in find(View(root)) if not site.modeless]
     whole = program.dialect == "TRAINING"  # decompositions erase a dropout in eval
     edit(root, name == "train" or (name == "model" and (any(modes) or not modes or not whole)))
-    lifted = relift(root, program, added=change.added, unsaved=change.unsaved, removed=change.removed)
+    lifted = relift(root, program, **vars(change))
     return in_dialect_of(program, lifted)
 
 
@@ -125,13 +126,13 @@ class _Kept:
         self._modules = [(m, _names(m), set(m._non_persistent_buffers_set), m.training) for m in root.modules()]
         self._grads = [(p, p.requires_grad) for p in root.parameters()]
         self._attributes = {k: v for k, v in vars(root).items() if isinstance(v, torch.Tensor)}
-        self._graphs = [(body.module, body.graph, _copied(body.graph)) for body in View(root).bodies]
+        self._graphs = [(body, body.graph, _copied(body.graph)) for body in View(root).bodies]
 
     def restore(self) -> None:
         for module, names, unsaved, training in self._modules:
-            for held, before in names:
+            for held, there in names:
                 held.clear()
-                held.update(before)
+                held.update(there)
             module._non_persistent_buffers_set.clear()
             module._non_persistent_buffers_set.update(unsaved)
             module.training = training
@@ -140,13 +141,13 @@ class _Kept:
         for name in [k for k, v in vars(self._root).items() if isinstance(v, torch.Tensor)]:
             if name not in self._attributes:
                 del self._root.__dict__[name]
-        if hasattr(self._root, "meta"):
-            self._root.meta.clear()
-            self._root.meta.update(self._meta)
-        for module, before, copied in self._graphs:
-            if before is not module.graph or str(before) != str(copied):
-                module.graph = copied  # type: ignore[assignment]
-                _compat.refresh(module)
+        meta: Any = getattr(self._root, "meta", {})
+        meta.clear()
+        meta.update(self._meta)
+        for body, before, copied in self._graphs:
+            if before is not body.graph or str(before) != str(copied):
+                body.module.graph = copied  # type: ignore[assignment]
+                _compat.refresh(body.module)
 
 
 def _names(module: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:

@@ -12,7 +12,7 @@ from compile_modes.exported.binding import ensure_module
 from compile_modes.exported.provenance import Source
 from compile_modes.graph.edits import own
 from compile_modes.graph.finding import find
-from compile_modes.graph.owners import join
+from compile_modes.graph.owners import canonical, join
 from compile_modes.graph.requests import owner_matches
 from compile_modes.graph.view import View
 from compile_modes.tuning.carrying import let_go
@@ -41,10 +41,10 @@ def replace_head(bound: Any, owner: str, module: nn.Module) -> Any:
     """Puts another module into the place of a submodule of a bound program, in place.
 
     The nodes of ``owner`` go, and those of ``module`` come in: it is exported in both modes for that, on inputs of the
-    shapes, dtypes and devices that the old one got (sizes that may vary still may), so that its dropouts and batch norms
-    follow their flags. ``module`` itself becomes the submodule: its parameters are shared, not copied, its names are
-    found below ``owner``, and its modes stay as they are. Parameters and buffers of the old one that nothing else reads
-    are gone. What comes after it must take what the new one returns.
+    shapes, dtypes and devices that the old one got (sizes that may vary still may), so that its dropouts and batch
+    norms follow their flags. ``module`` itself becomes the submodule: its parameters are shared, not copied, its names
+    are found below ``owner``, and its modes stay as they are. Parameters and buffers of the old one that nothing else
+    reads are gone. What comes after it must take what the new one returns.
 
     >>> cm.replace_head(model, "fc", nn.Linear(512, 10))
 
@@ -58,9 +58,10 @@ def replace_head(bound: Any, owner: str, module: nn.Module) -> Any:
         ``bound``.
 
     Raises:
-        TuningError: there is no such submodule (near matches are named); it is called several times, inside a region, or
-            has several results; ``module`` can't be called on what it gets, doesn't fit what follows, or decides by its
-            mode in Python; or ``bound`` isn't bound or holds two programs or switches. Nothing has been changed then.
+        TuningError: there is no such submodule (near matches are named); it is called several times, inside a region,
+            or has several results; ``module`` can't be called on what it gets, doesn't fit what follows, or decides by
+            its mode in Python; or ``bound`` isn't bound or holds two programs or switches. Nothing has been changed
+            then.
         BindError: ``bound`` holds no graph.
     """
     root = tunable(bound, "replace_head")
@@ -116,8 +117,8 @@ def _below(path: str, owner: str) -> bool:
 
 def _turn(node: fx.Node, owner: str) -> str:
     """Which call of a module a node belongs to, as export counts them."""
-    path = next(reversed(node.meta["nn_module_stack"].values()))[0]
-    return ".".join(path.split(".")[: owner.count(".") + 1])
+    stack = node.meta["nn_module_stack"].items()
+    return next((str(key).partition("@")[2] for key, (path, _) in stack if canonical(path) == owner), "")
 
 
 def _with_sizes(nodes: Collection[fx.Node]) -> set[fx.Node]:
@@ -144,6 +145,7 @@ def _change(root: nn.Module, owner: str, module: nn.Module) -> Change:
         {join(owner, name): tensor for name, tensor in {**parameters, **buffers}.items()},
         [join(owner, name) for name in buffers if name not in saved],
         [name for name in old if name.startswith(f"{owner}.")],
+        owner,
     )
 
 

@@ -1,4 +1,4 @@
-"""The linear and convolution layers of a bound program, and the adapters that they have: by weight, with their calls."""
+"""The linear and convolution layers of a bound program, by weight and with their calls, and their adapters."""
 
 import operator
 from collections.abc import Sequence
@@ -52,8 +52,8 @@ class Layer:
     """A linear or a convolution layer, as the graph shows it.
 
     Attributes:
-        name: where it is, and where its adapter goes: the module that holds the weight; for the weight ``w`` of a module
-            with several (``in_proj_weight``), ``<module>.in_proj``. Of a module that is called by several names, the first.
+        name: where it is, and where its adapter goes: the module that holds the weight; for ``in_proj_weight``, one of
+            several in a module, ``<module>.in_proj``. Of a module that is called by several names, the first.
         names: all of these names.
         weight: the attribute path of the weight, as the graph reads it.
         value: the weight.
@@ -87,15 +87,13 @@ class Adapter:
 
     Attributes:
         layer: the layer, and ``call`` the use of it.
-        a, b: the calls of the two factors, and ``total`` the node that adds the branch to the layer's result.
+        total: the node that adds the branch to the layer's result.
         scale: what the branch is multiplied by.
         nodes: all nodes of the branch, in order.
     """
 
     layer: Layer
     call: Call
-    a: fx.Node
-    b: fx.Node
     total: fx.Node
     scale: float
     nodes: list[fx.Node]
@@ -198,7 +196,7 @@ def _adapter_of(layer: Layer, call: Call, calls: dict[fx.Node, tuple[Layer, Call
         scaled = next((arg for arg in total.args if arg is not call.node), None)
         if not isinstance(scaled, fx.Node) or scaled.target is not MUL or not isinstance(scaled.args[1], float | int):
             continue
-        b = scaled.args[0]
+        b: Any = scaled.args[0]
         if b not in calls or calls[b][0].name != join(layer.name, LORA_B):
             continue
         a = calls[b][1].x
@@ -207,12 +205,12 @@ def _adapter_of(layer: Layer, call: Call, calls: dict[fx.Node, tuple[Layer, Call
         x = calls[a][1].x
         dropped = _dropout(x)
         if x is call.x or (dropped and dropped[0].args[0] is call.x):
-            return Adapter(layer, call, a, b, total, float(scaled.args[1]), [*dropped, a, b, scaled, total])
+            return Adapter(layer, call, total, float(scaled.args[1]), [*dropped, a, b, scaled, total])
     return None
 
 
 def _dropout(value: fx.Node) -> list[fx.Node]:
-    """The nodes of the dropout that a value comes from, also of a decomposed one; none if it comes from something else."""
+    """The nodes of the dropout that a value comes from, decomposed or not; none if it comes from something else."""
     inner = value.args[0] if value.target is operator.getitem else value
     row = lookup(inner.target) if isinstance(inner, fx.Node) and inner.op == "call_function" else None
     if row is None or row.family != "dropout":

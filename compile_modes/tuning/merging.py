@@ -18,8 +18,9 @@ from compile_modes.tuning.layers import LORA_A, LORA_B, LORA_DROPOUT, TRANSPOSES
 def merge(bound: Any) -> Any:
     """Folds the adapters of a module into the weights beside which they stand, in place, and takes them out.
 
-    ``W + (B @ A) * alpha / r`` for a linear layer, the same by the kernel of A for a convolution; computed in float32 at
-    least. Afterwards the graph and the names in ``state_dict`` are those of before :func:`lora`. Parameters stay frozen.
+    ``W + (B @ A) * alpha / r`` for a linear layer, the same by the kernel of A for a convolution; computed in float32
+    at least. Afterwards the graph and the names in ``state_dict`` are those of before :func:`lora`. Parameters stay
+    frozen.
 
     Args:
         bound: a module with adapters, or an OptimizedModule around it.

@@ -1,4 +1,4 @@
-"""``update_bn``: the running statistics of batch norms anew from data, as torch.optim.swa_utils does for eager modules."""
+"""``update_bn``: the running statistics of batch norms anew from data, as torch.optim.swa_utils does for eager ones."""
 
 import copy
 from collections.abc import Iterable
@@ -26,9 +26,9 @@ def update_bn(loader: Iterable[Any], model: nn.Module, device: int | str | torch
     """Computes the running statistics of batch norms anew: the average over all batches of a loader.
 
     ``torch.optim.swa_utils.update_bn`` looks for modules of torch's classes, which bound modules don't have; this finds
-    their norms in the graph, and gives what that gives for the eager model. All norms that follow ``train()`` take part,
-    also those that are in eval now, as there. Unlike there, each submodule is in its own mode afterwards, and if a call
-    raises, all buffers are as they were. Momentum stays what it is. Compiled modules run uncompiled here.
+    their norms in the graph, and gives what that gives for the eager model. All norms that follow ``train()`` take
+    part, also those that are in eval now, as there. Unlike there, each submodule is in its own mode afterwards, and if
+    a call raises, all buffers are as they were. Momentum stays what it is. Compiled modules run uncompiled here.
 
     Args:
         loader: batches, each a tensor or a list or tuple whose first item is one.
@@ -69,8 +69,7 @@ def update_bn(loader: Iterable[Any], model: nn.Module, device: int | str | torch
 def _prepare(working: nn.Module) -> list[str]:
     """Puts a module into train, with a cumulative average in each norm; returns the names of the norms."""
     for module in working.modules():
-        compiled = {name: m._orig_mod for name, m in module._modules.items() if hasattr(m, "_orig_mod")}
-        module._modules.update(compiled)
+        module._modules.update({name: getattr(m, "_orig_mod", m) for name, m in module._modules.items()})
     working.train()
     names = []
     for path, module in list(working.named_modules()):
@@ -126,7 +125,9 @@ def _replace(site: Site, home: str) -> set[nn.Module]:
         site.step.graph.erase_node(site.step)
         edited.add(stepped.module)
     count = attr_node(body, name)
-    given = {key: site.read(key) for key in ("input", "weight", "bias", *site.op.stats, "training", "eps", "cudnn_enabled")}
+    given = {
+        key: site.read(key) for key in ("input", "weight", "bias", *site.op.stats, "training", "eps", "cudnn_enabled")
+    }
     arguments = {**given, "num_batches_tracked": count}
     names = [argument.name for argument in CUMULATIVE_BATCH_NORM._schema.arguments]
     with body.graph.inserting_before(node):
