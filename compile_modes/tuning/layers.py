@@ -29,7 +29,9 @@ _PRODUCTS: dict[Any, tuple[str, str]] = {
 }
 # Decompositions spell linear with one of these; without it, the weight is stored the other way round (GPT-2's Conv1D).
 TRANSPOSES = {_ATEN.t.default, _ATEN.transpose.int, _ATEN.permute.default}
-_CONVOLUTIONS = {*CONV, _ATEN.conv1d.padding, _ATEN.conv2d.padding, _ATEN.conv3d.padding, _ATEN.convolution.default}
+_TRANSPOSED = {_ATEN.conv_transpose1d.default, _ATEN.conv_transpose2d.input, _ATEN.conv_transpose3d.input}
+_PADDED = {_ATEN.conv1d.padding, _ATEN.conv2d.padding, _ATEN.conv3d.padding}
+_CONVOLUTIONS = {*CONV, *_PADDED, *_TRANSPOSED, _ATEN.convolution.default}
 
 
 @dataclass(eq=False)
@@ -153,7 +155,7 @@ def _layer_of(body: Body, node: fx.Node, names: dict[int, list[str]]) -> Layer |
         return None
     if not obstacle and not conv and value.ndim != 2:
         return None
-    if conv and given.get("transposed"):
+    if node.target in _TRANSPOSED or given.get("transposed"):
         obstacle = "it is a transposed convolution"
     if not obstacle and not value.is_floating_point():
         obstacle = f"its weight is {value.dtype}"

@@ -4,9 +4,9 @@ import io
 import pytest
 import torch
 from torch import nn
+from twins import BATCH, Tuned, X, bound, steps
 
 import compile_modes as cm
-from twins import BATCH, X, Tuned, bound, steps
 
 HEADS = {
     "linear": lambda: nn.Linear(6, 3),

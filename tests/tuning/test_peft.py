@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from torch import nn
+from twins import Tuned, X, bound, steps, wake
 
 import compile_modes as cm
-from twins import X, Tuned, bound, steps, wake
 
 peft = pytest.importorskip("peft")
 
