@@ -4,10 +4,10 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 from torch import nn
-from twins import Tuned, X, bound
 
 import compile_modes as cm
 from nets import IMAGE, Auxiliary, ConvNet, Norms
+from tuning.twins import Tuned, X, bound
 
 
 def test_what_is_frozen_is_said():

@@ -4,9 +4,9 @@ import io
 import pytest
 import torch
 from torch import nn
-from twins import BATCH, Tuned, X, bound, steps
 
 import compile_modes as cm
+from tuning.twins import BATCH, Tuned, X, bound, program, steps
 
 HEADS = {
     "linear": lambda: nn.Linear(6, 3),
@@ -29,6 +29,7 @@ class Scaled(nn.Module):
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("train", [True, False], ids=["train-export", "eval-export"])
+@pytest.mark.every(5)
 def test_a_new_head_trains_as_in_eager(head, train):
     model, new = Tuned(), HEADS[head]()
     module = bound(model, train=train, dynamic_shapes=BATCH)
@@ -55,6 +56,7 @@ def test_a_new_head_of_both_exports(no_inductor):
     assert steps([model, cm.load(file), torch.compile(module, backend="pt2e_modes")], X, 8) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_decomposed_program_gets_a_head():
     model, new = Tuned(), HEADS["with-modes"]()
     module = cm.bind(torch.export.export(copy.deepcopy(model), (X,)).run_decompositions())
@@ -202,7 +204,7 @@ def test_what_can_not_be_replaced(owner, new, says):
     ],
 )
 def test_what_does_not_fit(new, says):
-    module = bound(Tuned())
+    module = cm.bind(program())
     code, keys = module.code, list(module.state_dict())
     with pytest.raises(cm.TuningError, match=says):
         cm.replace_head(module, "fc1", new())

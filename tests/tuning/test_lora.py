@@ -4,10 +4,10 @@ import io
 import pytest
 import torch
 from torch import nn
-from twins import BATCH, Tuned, X, bound, steps, twin, wake
 
 import compile_modes as cm
 from compile_modes.tuning import editing
+from tuning.twins import BATCH, Tuned, X, bound, program, steps, twin, wake
 
 LAYERS = ["stem", "wide", "grouped", "fc1", "fc2", "head.1"]
 
@@ -87,6 +87,7 @@ def test_without_dropout_there_is_no_site():
 
 @pytest.mark.parametrize("train", [True, False], ids=["train-export", "eval-export"])
 @pytest.mark.parametrize("decomposed", [False, True], ids=["whole", "decomposed"])
+@pytest.mark.every(4)
 def test_files_copies_and_exports_have_the_adapters(train, decomposed, recwarn):
     program = torch.export.export(Tuned().train(train), (X,), dynamic_shapes=BATCH)
     module = cm.bind(program.run_decompositions() if decomposed else program)
@@ -104,6 +105,7 @@ def test_files_copies_and_exports_have_the_adapters(train, decomposed, recwarn):
 
 
 @pytest.mark.parametrize("decomposed", [False, True], ids=["whole", "decomposed"])
+@pytest.mark.every(2)
 def test_merged_weights_give_what_the_adapters_gave(decomposed):
     program = torch.export.export(Tuned(), (X,), dynamic_shapes=BATCH)
     module = cm.bind(program.run_decompositions() if decomposed else program).eval()
@@ -318,16 +320,20 @@ class Cross(nn.Module):
         (lambda m: cm.lora(m, "fc1", alpha=-1), "CM255"),
         (lambda m: cm.lora(m, "fc1", dropout=1.0), "CM256"),
         (lambda m: cm.lora(m, "*", r=3), "CM259: the layer 'grouped' .*2 groups"),
-        (lambda m: cm.lora(cm.lora(m, "fc1"), "fc*"), "CM259: the layer 'fc1' .*it has one"),
     ],
 )
 def test_what_can_not_be_asked_of_lora(call, says):
-    module = bound(Tuned())
+    module = cm.bind(program())
     with pytest.raises(cm.CompileModesError, match=says):
         call(module)
-    if "it has one" not in says:
-        assert "lora" not in module.code
-        assert all(p.requires_grad for p in module.parameters())
+    assert "lora" not in module.code
+    assert all(p.requires_grad for p in module.parameters())
+
+
+def test_a_layer_has_one_adapter():
+    _, module = tuned("fc1")
+    with pytest.raises(cm.TuningError, match=r"CM259: the layer 'fc1' .*it has one"):
+        cm.lora(module, "fc*")
 
 
 def test_layers_that_can_not_have_adapters_are_refused_by_name():

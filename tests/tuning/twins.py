@@ -1,6 +1,7 @@
 """Nets to fine-tune, and eager twins with adapters of PEFT's formula, written out."""
 
 import copy
+import functools
 
 import torch
 from torch import nn
@@ -48,6 +49,12 @@ class Lora(nn.Module):
 def bound(model: nn.Module, x: torch.Tensor = X, *, train: bool = True, **kwargs) -> nn.Module:
     program = torch.export.export(copy.deepcopy(model).train(train), (x,), **kwargs)
     return cm.bind(program)
+
+
+@functools.cache
+def program() -> torch.export.ExportedProgram:
+    """One program, for tests of calls that change nothing."""
+    return torch.export.export(Tuned(), (X,))
 
 
 def wake(module: nn.Module) -> None:
