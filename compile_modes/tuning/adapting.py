@@ -214,7 +214,7 @@ def _apart(root: nn.Module, plan: Plan) -> None:
             own_home._parameters, own_home._buffers = dict(home._parameters), dict(home._buffers)
             own_home.training = home.training
             home = own_home
-        for name in layer.names:
+        for name in filter(None, layer.names):  # "" is the root itself
             parent, _, leaf = name.rpartition(".")
             (root.get_submodule(parent) if parent else root)._modules[leaf] = home
         for part, module in parts.items():

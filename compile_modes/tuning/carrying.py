@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 
 from compile_modes import _compat
+from compile_modes._compat.tracing import faking
 from compile_modes.graph.edits import attr_node
 from compile_modes.graph.flags import is_flag
 from compile_modes.graph.owners import join
@@ -85,7 +86,7 @@ def computed(node: fx.Node, body: Body) -> Any:
     if any(value is None for value in operands.values()):
         return None
     args, kwargs = fx.map_arg((node.args, node.kwargs), operands.__getitem__)
-    with torch.no_grad(), _casting(body):
+    with faking(_fake_in(body)), _casting(body):
         return cast(Any, node.target)(*args, **kwargs)
 
 
@@ -114,6 +115,11 @@ def _valued(node: fx.Node, body: Body, path: str) -> fx.Node:
 
 def fake_of(tensor: torch.Tensor, body: Body) -> Any:
     """The fake tensor that stands for a parameter or buffer, in the mode of those in a graph; None if it has none."""
-    values = (node.meta.get("val") for node in body.graph.nodes)
-    fake: Any = next((value for value in values if isinstance(value, _compat.FakeTensor)), None)
+    fake = _fake_in(body)
     return None if fake is None else fake.fake_mode.from_tensor(tensor, static_shapes=True)
+
+
+def _fake_in(body: Body) -> Any:
+    """One of the fake tensors of a graph; None if it has none."""
+    values = (node.meta.get("val") for node in body.graph.nodes)
+    return next((value for value in values if isinstance(value, _compat.FakeTensor)), None)

@@ -32,6 +32,7 @@ TRANSPOSES = {_ATEN.t.default, _ATEN.transpose.int, _ATEN.permute.default}
 _TRANSPOSED = {_ATEN.conv_transpose1d.default, _ATEN.conv_transpose2d.input, _ATEN.conv_transpose3d.input}
 _PADDED = {_ATEN.conv1d.padding, _ATEN.conv2d.padding, _ATEN.conv3d.padding}
 _CONVOLUTIONS = {*CONV, *_PADDED, *_TRANSPOSED, _ATEN.convolution.default}
+_COMPUTED = "its weight is computed (by a parametrization, say), or out of reach inside a branch"
 
 
 @dataclass(eq=False)
@@ -149,7 +150,11 @@ def _layer_of(body: Body, node: fx.Node, names: dict[int, list[str]]) -> Layer |
     path = body.view.state[source]
     obstacle = ""
     if path is None and (path := body.view.state[viewed(source)]) is not None:
-        obstacle = "its weight is a part of a packed one, or computed"
+        obstacle = "its weight is a part of a packed one"
+    owner = body.view.owner[node]
+    if path is None and owner and isinstance(x, fx.Node) and (conv or linear):
+        unknown = torch.empty(0, device="meta")
+        return Layer(owner, join(owner, "weight"), unknown, conv, False, 1, _COMPUTED, [Call(body, node, argument)])
     value = attribute(body.view.root, path) if path is not None else None
     if not isinstance(x, fx.Node) or path is None or not isinstance(value, torch.Tensor):
         return None
@@ -160,7 +165,7 @@ def _layer_of(body: Body, node: fx.Node, names: dict[int, list[str]]) -> Layer |
     if not obstacle and not value.is_floating_point():
         obstacle = f"its weight is {value.dtype}"
     flipped = not (conv or linear or turned)
-    name = _name(body.view.owner[node], path, names.get(id(value), []))
+    name = _name(owner, path, names.get(id(value), []))
     groups = given.get("groups", 1) if conv else 1
     return Layer(name, path, value, conv, flipped, groups, obstacle, [Call(body, node, argument)])
 
@@ -205,7 +210,7 @@ def _adapter_of(layer: Layer, call: Call, calls: dict[fx.Node, tuple[Layer, Call
         if a not in calls or calls[a][0].name != join(layer.name, LORA_A):
             continue
         x = calls[a][1].x
-        dropped = _dropout(x)
+        dropped = [] if x is call.x else _dropout(x)  # what the layer gets may be a dropout's result too
         if x is call.x or (dropped and dropped[0].args[0] is call.x):
             return Adapter(layer, call, total, float(scaled.args[1]), [*dropped, a, b, scaled, total])
     return None

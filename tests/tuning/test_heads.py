@@ -13,6 +13,7 @@ HEADS = {
     "with-modes": lambda: nn.Sequential(nn.BatchNorm1d(6, momentum=0.2), nn.Dropout(0.4), nn.Linear(6, 7)),
     "attention": lambda: nn.Sequential(nn.Unflatten(1, (2, 3)), nn.TransformerEncoderLayer(3, 1, 5, 0.3), nn.Flatten()),
     "constants": lambda: Scaled(),
+    "recurrent": lambda: Last(),
 }
 
 
@@ -25,6 +26,15 @@ class Scaled(nn.Module):
 
     def forward(self, x):
         return self.fc(x) * self.scale + torch.tensor([1.0, 2.0])
+
+
+class Last(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(3, 4, 2, dropout=0.3, batch_first=True)
+
+    def forward(self, x):
+        return self.lstm(x.unflatten(1, (2, 3)))[0][:, -1]
 
 
 @pytest.mark.parametrize("head", HEADS)

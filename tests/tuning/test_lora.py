@@ -130,6 +130,28 @@ def test_merged_weights_give_what_the_adapters_gave(decomposed):
         cm.merge(module)
 
 
+def test_a_dropout_of_the_model_in_front_of_a_layer_stays():
+    model = nn.Sequential(nn.Dropout(0.3), nn.Linear(4, 4))
+    x = torch.randn(3, 4)
+    module = bound(model, x)
+    text = str(module.graph)
+    cm.lora(module, "1", 2)
+    wake(module)
+    cm.merge(module)
+    assert str(module.graph) == text
+
+
+def test_the_root_itself_may_be_the_layer():
+    x = torch.randn(3, 4)
+    module = bound(nn.Linear(4, 2), x)
+    cm.lora(module, "*", 2)
+    wake(module)
+    before = module(x)
+    assert list(module.state_dict()) == ["weight", "bias", "lora_A.weight", "lora_B.weight"]
+    assert torch.allclose(cm.merge(module)(x), before, atol=1e-6)
+    assert list(module.state_dict()) == ["weight", "bias"]
+
+
 def test_grouped_convolutions_are_not_merged():
     _, module = tuned(("grouped", "fc1"))
     state = {name: value.clone() for name, value in module.state_dict().items()}
@@ -343,6 +365,9 @@ def test_layers_that_can_not_have_adapters_are_refused_by_name():
     with pytest.raises(cm.TuningError, match=r"CM259: the layer 'up' .*transposed"):
         cm.lora(module, "up")
     cm.lora(module, ("attn.out_proj", "lora_A"))
+    normed = bound(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))), torch.randn(2, 4))
+    with pytest.raises(cm.TuningError, match=r"CM259: the layer '0' .*computed"):
+        cm.lora(normed, "*")
     assert module.lora_A.lora_A.weight.shape == (8, 4)
 
 
