@@ -28,12 +28,9 @@ def trace(function: Callable[..., Any], inputs: Sequence[Any], values: Sequence[
 
 @contextlib.contextmanager
 def faking(like: Any) -> Iterator[None]:
-    """Lets operators that are called by hand compute with fake tensors of symbolic sizes, in the mode of one of them."""
-    with (
-        like.fake_mode if isinstance(like, FakeTensor) else contextlib.nullcontext(),
-        enable_python_dispatcher(),
-        torch.no_grad(),
-    ):
+    """Lets operators called by hand compute with fake tensors of symbolic sizes, in the mode of one of them."""
+    mode = like.fake_mode if isinstance(like, FakeTensor) else contextlib.nullcontext()
+    with mode, enable_python_dispatcher(), torch.no_grad():
         yield
 
 
