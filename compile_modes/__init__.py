@@ -12,6 +12,7 @@ from compile_modes.errors import (
     OptionError,
     OverrideError,
     PackageError,
+    TuningError,
     VerifyError,
     WarmupError,
 )
@@ -41,6 +42,12 @@ from compile_modes.package.packaged import Packaged
 from compile_modes.package.packaging import package
 from compile_modes.package.precompiled import Precompiled
 from compile_modes.package.precompiling import load_precompiled, precompile
+from compile_modes.tuning.adapter_state import load_lora, lora_state_dict
+from compile_modes.tuning.adapting import lora
+from compile_modes.tuning.freezing import FreezeReport, freeze
+from compile_modes.tuning.heads import replace_head
+from compile_modes.tuning.merging import merge
+from compile_modes.tuning.statistics import update_bn
 from compile_modes.warming.background import Warmup
 from compile_modes.warming.warmup import warmup
 
@@ -54,6 +61,7 @@ __all__ = [
     "CompileModesError",
     "DiffReport",
     "ExportError",
+    "FreezeReport",
     "ModePass",
     "ModeWarning",
     "OptionError",
@@ -63,6 +71,7 @@ __all__ = [
     "Precompiled",
     "Report",
     "Site",
+    "TuningError",
     "VerifyError",
     "VerifyReport",
     "Warmup",
@@ -74,19 +83,26 @@ __all__ = [
     "explain",
     "export",
     "exportable",
+    "freeze",
     "invalidate",
     "load",
+    "load_lora",
     "load_package",
     "load_precompiled",
+    "lora",
+    "lora_state_dict",
+    "merge",
     "model_is_exported",
     "move_exported_model_to_eval",
     "move_exported_model_to_train",
     "package",
     "precompile",
+    "replace_head",
     "restore_literals",
     "save",
     "set_mode",
     "sites",
+    "update_bn",
     "verify",
     "warmup",
 ]

@@ -108,6 +108,10 @@ class PackageError(CompileModesError):
     """A module can't be packaged as it is asked, or a packaged one can't do what its state or its flags ask for."""
 
 
+class TuningError(CompileModesError):
+    """A module can't be fine-tuned as it is asked; it is left as it was."""
+
+
 class WarmupError(CompileModesError):
     """A module can't be warmed up, or a call of it has failed on the way; its state is as it was."""
 

@@ -214,6 +214,21 @@ class Either(nn.Module):
         return self.child(x).tanh() if self.training or self.child.training else self.child(x)
 
 
+def twice():
+    model = Called(lambda self, x: self.child(self.child(x)))
+    model.child = nn.Linear(4, 4)
+    return bound(model)
+
+
+def quiet(self, x):
+    with torch.no_grad():
+        return x * 2
+
+
+def replaced(new):
+    return cm.replace_head(bound(Linear(nn.ReLU())), "then", new)
+
+
 # By the number of the limit and the code: what provokes it.
 PROVOKED = {
     (1, "CM235"): lambda: bound(Called(noise)),
@@ -262,6 +277,13 @@ PROVOKED = {
         nn.Linear(4, 4), (X,), io.BytesIO(), loss=lambda y: HEAD(y).sum(), modes=["train"]
     ),
     (41, "CM916"): lambda: cm.diff(HEAD, HEAD),
+    (42, "CM259"): lambda: cm.lora(bound(Linear(nn.ConvTranspose1d(6, 2, 2))), "then"),
+    (42, "CM261"): lambda: cm.merge(cm.lora(bound(Linear(nn.Conv1d(6, 6, 2, groups=2))), "then")),
+    (42, "CM251"): lambda: cm.lora(cm.export(Called(jitters), (X,)), "*"),
+    (43, "CM270"): lambda: cm.replace_head(twice(), "child", nn.Identity()),
+    (43, "CM272"): lambda: replaced(Called(jitters)),
+    (43, "CM273"): lambda: replaced(Called(quiet)),
+    (43, "CM274"): lambda: replaced(Called(lambda _, x: (x, x))),
 }
 # Provoked elsewhere, for they take a graph that is made for it, or a torch that is.
 ELSEWHERE = {(18, "CM304"), (22, "CM411"), (22, "CM401"), (31, "CM415")}

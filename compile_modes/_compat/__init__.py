@@ -126,6 +126,15 @@ def numel_at_least(shape: Sequence[int | torch.SymInt]) -> int:
     return count
 
 
+def example_like(fake: torch.Tensor) -> torch.Tensor:
+    """Zeros of the sizes that a fake tensor was traced with, at least 2 where a size may vary: 0 and 1 are special."""
+
+    def size(of: int | torch.SymInt) -> int:
+        return of if isinstance(of, int) else max(getattr(of.node, "hint", None) or 2, 2)
+
+    return torch.zeros([size(of) for of in fake.shape], dtype=fake.dtype, device=fake.device)
+
+
 def grad_mode(node: fx.Node, before: bool) -> bool:
     """The grad mode that a node switches to, for its body or for all that follows; ``before`` if it does not."""
     switches = node.target in (torch._C._set_grad_enabled, torch.ops.higher_order.wrap_with_set_grad_enabled)

@@ -1,11 +1,12 @@
 """AOTAutograd's tracer, and the graph that it is tracing, to write into by hand."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
@@ -23,6 +24,14 @@ def trace(function: Callable[..., Any], inputs: Sequence[Any], values: Sequence[
     modes = [value.fake_mode for value in values if isinstance(value, FakeTensor)]
     with modes[0] if modes else contextlib.nullcontext():
         return make_fx(function, pre_dispatch=True, tracing_mode="real")(*inputs)
+
+
+@contextlib.contextmanager
+def faking(like: Any) -> Iterator[None]:
+    """Lets operators called by hand compute with fake tensors of symbolic sizes, in the mode of one of them."""
+    mode = like.fake_mode if isinstance(like, FakeTensor) else contextlib.nullcontext()
+    with mode, enable_python_dispatcher(), torch.no_grad():
+        yield
 
 
 def trace_in_place_of(node: fx.Node, function: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule:

@@ -126,7 +126,7 @@ def carry_out(plan: planning.Plan) -> None:
     """Binds a module as planned, and gives it the ``train()`` and ``eval()`` of nn.Module."""
     root = plan.view.root
     for owner in {site.owner for site in plan.bindable}:
-        _ensure_module(root, owner)
+        ensure_module(root, owner)
     _merge_aliases(root, plan.modes)
     if plan.first:
         for module in root.modules():
@@ -160,14 +160,15 @@ def _restore_state(root: nn.Module, program: torch.export.ExportedProgram) -> No
     for name, tensor in program.state_dict.items():
         if attribute(root, name) is None:
             path, _, leaf = name.rpartition(".")
-            holder = _ensure_module(root, path)
+            holder = ensure_module(root, path)
             if isinstance(tensor, nn.Parameter):
                 holder.register_parameter(leaf, tensor)
             else:
                 holder.register_buffer(leaf, tensor)
 
 
-def _ensure_module(root: nn.Module, path: str) -> nn.Module:
+def ensure_module(root: nn.Module, path: str) -> nn.Module:
+    """The submodule at a path; made, with those around it, if there is none. It begins in its parent's mode."""
     module = root
     for name in path.split(".") if path else ():
         if name not in module._modules:
@@ -200,7 +201,7 @@ def _bind_sites(plan: planning.Plan) -> set[nn.Module]:
     edited: set[nn.Module] = set()
     for site in plan.bindable:
         make_one_node(site)
-        flag = _flag(site.body, site.owner)
+        flag = flag_node(site.body, site.owner)
         if site in plan.inverted:
             with site.node.graph.inserting_before(site.node):
                 flag = site.node.graph.call_function(operator.not_, (flag,))
@@ -221,7 +222,7 @@ def _bind_sites(plan: planning.Plan) -> set[nn.Module]:
         if site.step is not None:
             edited.add(_bind_step(site))
         elif site.counter_at is not None:
-            insert_step(site.counter_at, _flag(site.counter_at.body, site.owner))
+            insert_step(site.counter_at, flag_node(site.counter_at.body, site.owner))
             edited.add(site.counter_at.body.module)
     edited |= {_bind_step(site) for site in plan.counting}
     return edited
@@ -231,11 +232,11 @@ def _bind_step(site: Site) -> nn.Module:
     """Makes the step of a site's counter follow the owner; returns the module whose graph it stands in."""
     assert site.step is not None
     body = site.body.view.body(site.step)
-    calls.bind_counter(site.step, _flag(body, site.owner))
+    calls.bind_counter(site.step, flag_node(body, site.owner))
     return body.module
 
 
-def _flag(body: Body, owner: str) -> fx.Node:
+def flag_node(body: Body, owner: str) -> fx.Node:
     """The node that reads ``owner``'s mode in the graph of ``body``."""
     if not body.path:
         target = join(owner, "training")

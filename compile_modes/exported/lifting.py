@@ -5,7 +5,7 @@ Others read such programs, so this package's own operator is put into terms of A
 
 import copy
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 import torch
@@ -33,7 +33,16 @@ from compile_modes.graph.view import Body, View, attribute
 _MUTATIONS = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION, OutputKind.USER_INPUT_MUTATION)
 
 
-def relift(root: nn.Module, program: ExportedProgram, changed: Collection[fx.Node] = ()) -> ExportedProgram:
+def relift(
+    root: nn.Module,
+    program: ExportedProgram,
+    changed: Collection[fx.Node] = (),
+    *,
+    added: Mapping[str, torch.Tensor] | None = None,
+    unsaved: Collection[str] = (),
+    removed: Collection[str] = (),
+    gone: str = "",
+) -> ExportedProgram:
     """The program that an edited module stands for, in training IR.
 
     Inputs keep their names, their order and what is known of them (dynamic sizes among it), outputs their structure.
@@ -44,20 +53,24 @@ def relift(root: nn.Module, program: ExportedProgram, changed: Collection[fx.Nod
         root: the module of ``program.module()``, edited, with bodies of its own. These become the program's.
         program: the program.
         changed: nodes of ``root`` whose results may have another layout than before.
+        added: parameters and buffers that the program doesn't have, by name.
+        unsaved: those of them that are buffers without a place in its ``state_dict``.
+        removed: parameters and buffers of the program that nothing in ``root`` reads any more.
+        gone: path of a module that the program had; nothing is known any more of how it was called.
 
     Raises:
         BindError: the result would be no valid program.
     """
-    lift = _Lift(root, program, changed)
+    lift = _Lift(root, program, changed, added or {}, unsaved, removed)
     checks = program.verifiers if program.dialect == "TRAINING" else [pt2.TrainingIRVerifier]
     try:
         lifted = ExportedProgram(
             lift.bodies,
             lift.graph,
             ExportGraphSignature(lift.inputs, lift.outputs),
-            dict(program.state_dict),
+            lift.state,
             dict(program.range_constraints),
-            lift.call_graph(),
+            [entry for entry in lift.call_graph() if not gone or not f"{entry.fqn}.".startswith(f"{gone}.")],
             program.example_inputs,
             lift.constants,
             verifiers=checks,
@@ -71,13 +84,25 @@ def relift(root: nn.Module, program: ExportedProgram, changed: Collection[fx.Nod
 class _Lift:
     """Builds the graph of a program from that of its module."""
 
-    def __init__(self, root: nn.Module, program: ExportedProgram, changed: Collection[fx.Node]) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        program: ExportedProgram,
+        changed: Collection[fx.Node],
+        added: Mapping[str, torch.Tensor],
+        unsaved: Collection[str],
+        removed: Collection[str],
+    ) -> None:
         self.root, self.program, self.changed = root, program, changed
+        self._new, self._unsaved, self._removed = added, unsaved, removed
+        self.state = {n: t for n, t in program.state_dict.items() if n not in removed}
+        self.state |= {n: t for n, t in added.items() if n not in unsaved}
         self.graph = fx.Graph()
         self.bodies: dict[str, nn.Module] = {}
         self.inputs: list[InputSpec] = []
         self.outputs: list[OutputSpec] = []
-        self.constants = dict(program.constants)
+        self.constants = {n: c for n, c in program.constants.items() if n not in removed}
+        self.constants |= {n: added[n] for n in unsaved}
         fakes = (node.meta.get("val") for node in program.graph.nodes)
         self._mode: Any = next((fake.fake_mode for fake in fakes if isinstance(fake, _compat.FakeTensor)), None)
         self._held: dict[str, fx.Node] = {}  # placeholders of state and constants, by path
@@ -93,11 +118,17 @@ class _Lift:
 
     def _place_inputs(self, old: fx.Graph) -> None:
         inputs = iter(old.find_nodes(op="placeholder"))
-        added = self._added(old)
+        parameters = [(n, t) for n, t in self._new.items() if isinstance(t, nn.Parameter)]
+        added = [(n, t) for n, t in self._new.items() if not isinstance(t, nn.Parameter)] + self._added(old)
         place = self.program.graph.find_nodes(op="placeholder")
         for node, spec in zip(place, self.program.graph_signature.input_specs, strict=True):
             if spec.kind is InputKind.TOKEN:
                 continue  # the module's graph has none
+            if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.target in self._removed:
+                continue
+            if spec.kind is not InputKind.PARAMETER:
+                while parameters:
+                    self._add(*parameters.pop(0))
             if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER):
                 while added:
                     self._add(*added.pop(0))
@@ -107,7 +138,7 @@ class _Lift:
                 self._copies[next(inputs)] = copied
             else:
                 self._held[str(spec.target)] = copied
-        for name, value in added:
+        for name, value in parameters + added:
             self._add(name, value)
 
     def _placeholder(self, name: str, like: fx.Node | None = None) -> fx.Node:
@@ -121,6 +152,7 @@ class _Lift:
     def _added(self, old: fx.Graph) -> list[tuple[str, torch.Tensor]]:
         """What only the edited graph reads: counters that a strict eval export drops, constants of the other mode."""
         state, known = self.program.state_dict, {spec.target for spec in self.program.graph_signature.input_specs}
+        known |= self._new.keys()
         held = {id(constant) for constant in self.program.constants.values()}
         read = dict.fromkeys(str(node.target) for node in old.find_nodes(op="get_attr"))
         values = {name: attribute(self.root, name) for name in read if name not in known}
@@ -129,14 +161,17 @@ class _Lift:
         return found + [(name, value) for name, value in constants.items() if name not in state]
 
     def _add(self, name: str, value: torch.Tensor) -> None:
-        constant = name not in self.program.state_dict
-        node = self._placeholder(("c_" if constant else "b_") + name.replace(".", "_"))
+        kind, start, persistent = InputKind.CONSTANT_TENSOR, "c_", None
+        if isinstance(value, nn.Parameter):
+            kind, start = InputKind.PARAMETER, "p_"
+        elif name in self.state or name in self._unsaved:
+            kind, start, persistent = InputKind.BUFFER, "b_", name not in self._unsaved
+        else:
+            self.constants[name] = value
+        node = self._placeholder(start + name.replace(".", "_"))
         node.meta["val"] = self._mode.from_tensor(value, static_shapes=True)
-        kind, persistent = (InputKind.CONSTANT_TENSOR, None) if constant else (InputKind.BUFFER, True)
         self.inputs.append(InputSpec(kind, TensorArgument(node.name), name, persistent=persistent))
         self._held[name] = node
-        if constant:
-            self.constants[name] = value
 
     def _get_attr(self, node: fx.Node) -> fx.Node:
         path = str(node.target)

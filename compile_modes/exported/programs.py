@@ -75,7 +75,7 @@ class Request:
         root = self.view.root
         write_back(self.view, {s: bool(mode) for s, mode in self.modes.items() if s.bound or s in changed})
         spell_out(root)
-        return _in_dialect_of(self.program, relift(root, self.program, attention))
+        return in_dialect_of(self.program, relift(root, self.program, attention))
 
 
 def baked(
@@ -215,7 +215,7 @@ def _complaints(request: Request, training: bool | None) -> list[ModeWarning]:
     return [*planning.complaints(concerned), *([] if same else request.remarks)]
 
 
-def _in_dialect_of(program: ExportedProgram, lifted: ExportedProgram) -> ExportedProgram:
+def in_dialect_of(program: ExportedProgram, lifted: ExportedProgram) -> ExportedProgram:
     """Takes apart again what binding has put together, and nothing that the program has whole."""
     if program.dialect == "TRAINING":
         return lifted
