@@ -12,6 +12,7 @@ from compile_modes.errors import (
     OptionError,
     OverrideError,
     PackageError,
+    SampleError,
     VerifyError,
     WarmupError,
 )
@@ -37,6 +38,7 @@ from compile_modes.graph.sites import Site
 from compile_modes.package.loading import load_package
 from compile_modes.package.packaged import Packaged
 from compile_modes.package.packaging import package
+from compile_modes.sampling.sample import sample
 from compile_modes.warming.background import Warmup
 from compile_modes.warming.warmup import warmup
 
@@ -56,6 +58,7 @@ __all__ = [
     "PackageError",
     "Packaged",
     "Report",
+    "SampleError",
     "Site",
     "VerifyError",
     "VerifyReport",
@@ -75,6 +78,7 @@ __all__ = [
     "move_exported_model_to_train",
     "package",
     "restore_literals",
+    "sample",
     "save",
     "set_mode",
     "sites",

@@ -31,7 +31,7 @@ class Snapshot:
         kept = {id(t): t for t in (*unique, *(g for _, g in self._grads if g is not None))}.values()
         with torch.no_grad():
             self._values = [(t, t.detach().clone()) for t in kept]
-        self._generators = list(_generators())
+        self._generators = list(generators())
 
     def restore(self) -> None:
         """Puts everything back; may be called more than once."""
@@ -61,7 +61,7 @@ def _put_back(tensor: torch.Tensor, value: torch.Tensor) -> None:
             tensor.copy_(value)
 
 
-def _generators() -> Iterator[tuple[Callable[[Any], Any], Any]]:
+def generators() -> Iterator[tuple[Callable[[Any], Any], Any]]:
     """The state of each global generator, with the function that sets it."""
     yield torch.set_rng_state, torch.get_rng_state()
     if torch.cuda.is_initialized():

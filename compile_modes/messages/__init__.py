@@ -4,7 +4,7 @@ One file per group of codes, or per range of one; ``entry.py`` is the mechanism,
 ``errors`` and ``_compat``. The others take entries by name: ``raise messages.NO_GRAPH.error(kind=...)``.
 
 - CM0xx ``packaging.py``: packages, compiled ahead of time; ``packaged.py``: read from files, and called
-- CM1xx ``requests.py``: what was asked for: modes, overrides, options
+- CM1xx ``requests.py``: what was asked for: modes, overrides, options; ``sampling.py``: stochastic passes
 - CM2xx ``binding.py``: binding and baking
 - CM3xx ``exporting.py``: exporting both modes
 - CM4xx ``compiling.py``: under torch.compile
@@ -37,5 +37,6 @@ from compile_modes.messages.packaging import *  # noqa: F403
 from compile_modes.messages.reasons import *  # noqa: F403
 from compile_modes.messages.remarks import *  # noqa: F403
 from compile_modes.messages.requests import *  # noqa: F403
+from compile_modes.messages.sampling import *  # noqa: F403
 from compile_modes.messages.tools import *  # noqa: F403
 from compile_modes.messages.warming import *  # noqa: F403
