@@ -28,7 +28,7 @@ def compiler_of(module: nn.Module, dropped: Sequence[str]) -> Compiler | None:
     while hasattr(wrapper, "_torchdynamo_orig_backend"):
         wrapper = wrapper._torchdynamo_orig_backend
     if not isinstance(wrapper, torch._TorchCompileWrapper):
-        return context
+        return context  # type: ignore[no-any-return]
     settings = dict(wrapper.kwargs)
     options = {k: v for k, v in dict(settings.get("options") or {}).items() if k not in dropped}
     backend, mode = wrapper.compiler_fn, settings.get("mode")

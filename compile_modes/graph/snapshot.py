@@ -1,5 +1,6 @@
 """The state of a module and of the random generators, to be put back as it was."""
 
+import contextlib
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -68,6 +69,17 @@ def generators() -> Iterator[tuple[Callable[[Any], Any], Any]]:
         yield torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()
     for _, set_state, state in foreign_generators():
         yield set_state, state
+
+
+@contextlib.contextmanager
+def keeping_generators() -> Iterator[None]:
+    """Puts all generators back afterwards."""
+    before = list(generators())
+    try:
+        yield
+    finally:
+        for set_state, state in before:
+            set_state(state)
 
 
 def foreign_generators() -> Iterator[tuple[str, Callable[[Any], Any], Any]]:

@@ -3,13 +3,16 @@
 import types
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 from torch.func import vmap
+from torch.utils import _pytree as pytree
 
 from compile_modes.graph.owners import module_path
+from compile_modes.graph.snapshot import keeping_generators
 from compile_modes.sampling.splitting import Parts
 
 Results = Sequence[Tensor]
@@ -27,7 +30,8 @@ def at_once(parts: Parts) -> Callable[..., Results]:
     The function has code of its own, for Dynamo counts what it has compiled by code.
     """
     in_dims = (0, *(0 if own or drawn else None for own, drawn in zip(parts.own, parts.drawn, strict=True)))
-    second, own, drawn = parts.second, parts.own, parts.drawn
+    own, drawn = parts.own, parts.drawn
+    second = parts.second.forward if isinstance(parts.second, fx.GraphModule) else parts.second
 
     def run(repetitions: Tensor, *crossing: Any) -> Any:
         values = list(crossing)
@@ -63,13 +67,27 @@ def quietly(run: Callable[..., Results], *args: Any) -> Results:
 
 
 class _Watched(fx.Interpreter):
-    """Runs a graph and knows which node it is at."""
+    """Runs a graph and knows which node it is at, and the dtypes and shapes of all before.
+
+    Args:
+        second: the graph.
+        single: these of one repetition by itself, with which others are compared.
+    """
 
     at: fx.Node | None = None
 
+    def __init__(self, second: fx.GraphModule, single: "_Watched | None" = None) -> None:
+        super().__init__(second)
+        self.seen: dict[fx.Node, Any] = {}
+        self._single = single
+
     def run_node(self, n: fx.Node) -> Any:
         self.at = n
-        return super().run_node(n)
+        result = super().run_node(n)
+        self.seen[n] = [(t.dtype, t.shape) for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+        if self._single is not None and self._single.seen[n] != self.seen[n]:
+            raise RuntimeError(f"{self.seen[n]} with vmap, {self._single.seen[n]} without")
+        return result
 
 
 def obstacle(parts: Parts, crossing: Sequence[Any]) -> tuple[str, str, Exception] | None:
@@ -78,10 +96,13 @@ def obstacle(parts: Parts, crossing: Sequence[Any]) -> tuple[str, str, Exception
     Returns:
         None if it does; otherwise the op that doesn't, its owner, and what it raised.
     """
-    watched = _Watched(parts.second)
-    trial = Parts(parts.first, watched.run, parts.own, parts.drawn, parts.outputs)  # type: ignore[arg-type]
+    single = _Watched(parts.second)
+    watched = _Watched(parts.second, single)
+    alone, trial = (replace(parts, second=cast(fx.GraphModule, w.run)) for w in (single, watched))
+    with torch.no_grad(), keeping_generators():
+        one_by_one(alone)(torch.ones(1, dtype=torch.bool), *crossing)
     try:
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), keeping_generators():
             quietly(at_once(trial), torch.ones(2, dtype=torch.bool), *crossing)
     except RuntimeError as error:  # what vmap raises, for ops without a rule and for those that can't have one
         node = watched.at

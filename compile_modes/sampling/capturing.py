@@ -21,8 +21,6 @@ from compile_modes.sampling.effects import RANDOM
 from compile_modes.sampling.finding import Drawing, fast_path_off
 
 
-
-
 def capture(
     module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], live: Sequence[Drawing]
 ) -> fx.GraphModule:
@@ -57,7 +55,7 @@ def capture(
 
 
 def _module_of(program: ExportedProgram) -> fx.GraphModule:
-    return program.module()  # type: ignore[return-value]
+    return program.module()
 
 
 @contextlib.contextmanager

@@ -56,6 +56,10 @@ def draws(view: View, node: fx.Node) -> bool:
 def written(view: View, node: fx.Node) -> list[fx.Node]:
     """The values of its graph that a node writes to, itself or in a graph that it runs."""
     found = [value for value in written_operands(node) if isinstance(value, fx.Node)]
+    row = lookup(node.target)
+    if row is not None and row.stats and mode_of(view.body(node), node, row)[0] is not False:
+        statistics = (row.read(node.args, dict(node.kwargs), name) for name in row.stats)  # of which schemas don't tell
+        found += [value for value in statistics if isinstance(value, fx.Node)]
     for child in view.once(_bodies, view).get(node, ()):
         memory = view.once(Memory, child.graph)
         roots = {memory.root(value) for inner in child.graph.nodes for value in written(view, inner)}

@@ -14,7 +14,7 @@ from compile_modes.sampling.finding import Drawing, only_in_train
 
 
 def check(live: Sequence[Drawing]) -> None:
-    """Raises SampleError for a module that writes when it is in train: in a graph that could be told apart, not here."""
+    """Raises SampleError for a module that writes in train: a graph could tell that apart, a call can't."""
     for drawing in live:
         if drawing.writes:
             what = f"it writes {few(drawing.writes)}"

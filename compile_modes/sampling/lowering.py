@@ -41,6 +41,12 @@ def checkpointed(body: nn.Module, *operands: Any, **_: Any) -> Any:
     return body(*operands)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear layer. Under autocast, vmap would add a bias of the weight's dtype, and give results of that."""
+    y = nn.functional.linear(x, weight)
+    return y + bias.to(y.dtype)
+
+
 def rrelu(x: Tensor, lower: float, upper: float, training: bool) -> Tensor:
     """RReLU: in train, slopes are uniform in [lower, upper), one for each value; in eval, their mean.
 
@@ -72,6 +78,8 @@ def lower(part: fx.GraphModule, repetition: fx.Node | None = None) -> None:
                 node.target = _REGIONS[node.target]
             elif row is not None and row.family == "rnn" and not draws(view, node):
                 node.target = _steps(node.target)
+            elif node.target is torch.ops.aten.linear.default and repetition is not None and len(node.args) == 3:
+                node.target = linear if node.args[2] is not None else node.target
             elif row is not None and row.family == "rrelu":
                 _write_out(node, row)
     for body in reversed(view.bodies):

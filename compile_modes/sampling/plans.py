@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from compile_modes import messages
 from compile_modes._compat.compilers import compiler_of
 from compile_modes.backend.options import OWN_OPTIONS
-from compile_modes.errors import ExportError
+from compile_modes.errors import ExportError, ModeWarning, first_line
 from compile_modes.graph.finding import sites
 from compile_modes.graph.requests import no_match, owner_matches
 from compile_modes.sampling import looping
@@ -41,6 +41,7 @@ class Plan:
         second: runs the rest for some repetitions.
         whole: whether all chunks have to be of one size, because each size is compiled.
         spec: the structure of the outputs.
+        warning: why it runs in a loop, if it does.
     """
 
     standing: Standing
@@ -50,6 +51,7 @@ class Plan:
     second: Callable[..., Results] | None = None
     whole: bool = False
     spec: Any = None
+    warning: ModeWarning | None = None
 
 
 def plan_for(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], which: Sequence[str]) -> Plan:
@@ -59,7 +61,11 @@ def plan_for(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], 
         key = (*_signature(args, kwargs), tuple(which))
         plan = kept.get(key)
         if plan is None or not plan.standing.holds(module):
-            plan = kept[key] = _make(module, args, kwargs, which)
+            plan = _make(module, args, kwargs, which)
+            before = [other.warning.code for other in kept.values() if other.warning is not None]
+            kept[key] = plan
+            if plan.warning is not None and plan.warning.code not in before:  # once for a module
+                messages.warn(plan.warning)
         kept.move_to_end(key)
         while len(kept) > _KEPT:
             kept.popitem(last=False)
@@ -68,7 +74,8 @@ def plan_for(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], 
 
 def _signature(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-    return (spec, *map(_kind, leaves))
+    casts = [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")]
+    return (spec, *casts, *map(_kind, leaves))
 
 
 def _kind(leaf: Any) -> Any:
@@ -87,8 +94,8 @@ def _make(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], whi
         root = capture(eager, args, kwargs, live)
     except ExportError as error:
         looping.check(live)
-        messages.NOT_CAPTURED.warn(kind=type(eager).__name__, why=error.headline)
-        return Plan(standing, live)
+        warning = messages.NOT_CAPTURED.warning(kind=type(eager).__name__, why=error.headline)
+        return Plan(standing, live, warning=warning)
     spec = root.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
     return _ready(module, Plan(standing, live, split(root), spec=spec), args, kwargs)
 
@@ -102,7 +109,7 @@ def _ready(module: nn.Module, plan: Plan, args: Sequence[Any], kwargs: Mapping[s
     compiler = compiler_of(module, OWN_OPTIONS)
     if stuck is not None:
         op, owner, error = stuck
-        messages.LOOPED.warn(op=op, owner=owner or type(module).__name__, why=str(error).partition("\n")[0])
+        plan.warning = messages.LOOPED.warning(op=op, owner=repr(owner), why=first_line(error))
         run: Callable[..., Results] = one_by_one(plan.parts)
         plan.first, plan.second = plan.parts.first, run
     elif compiler is None:

@@ -83,19 +83,21 @@ def sample(
 
 def _run(plan: Plan, leaves: Sequence[Any], n: int, chunk: int, into: Reduction) -> None:
     """Runs the first part, and the second for each chunk."""
-    assert plan.parts is not None and plan.first is not None and plan.second is not None
+    assert plan.parts is not None
+    assert plan.first is not None
+    assert plan.second is not None
     computed = plan.first(*leaves)
     crossing = computed[: len(plan.parts.own)]
     for start in range(0, n, chunk):
-        wanted = min(chunk, n - start)
-        size = chunk if plan.whole else wanted
-        results = plan.second(torch.ones(size, dtype=torch.bool), *crossing)
-        from_parts = {
-            "second": lambda i, results=results, wanted=wanted: results[i][:wanted],
-            "first": lambda i, wanted=wanted: _repeated(computed[i], wanted),
-            "literal": lambda value: value,
-        }
-        into.add([from_parts[kind](value) for kind, value in plan.parts.outputs], plan.spec)
+        count = min(chunk, n - start)
+        results = plan.second(torch.ones(chunk if plan.whole else count, dtype=torch.bool), *crossing)
+        outputs: list[Any] = []
+        for kind, where in plan.parts.outputs:
+            if kind == "second":
+                outputs.append(results[where][:count])
+            else:
+                outputs.append(_repeated(computed[where], count) if kind == "first" else where)
+        into.add(outputs, plan.spec)
 
 
 def _repeated(value: Any, count: int) -> Any:

@@ -188,7 +188,7 @@ def _apply(root: fx.GraphModule, plan: Plan) -> Parts:
     places: list[tuple[str, Any]] = []
     count = {"first": len(plan.crossing), "second": 0}
     for kind, value in outputs:
-        places.append((kind, count[kind] if kind in count else value))
+        places.append((kind, value if kind == "literal" else count[kind]))
         count[kind] = count.get(kind, 0) + 1
     own, drawn = (tuple(n in among for n in plan.crossing) for among in (plan.own, plan.drawn))
     return Parts(parts[0], parts[1], own, drawn, places)
