@@ -9,7 +9,7 @@ NOT_SAMPLED = Error(
     "pass an nn.Module: eager, compiled, or what compile_modes.bind() or export() returns",
     raised=SampleError,
 )
-NOT_A_COUNT = Error(
+NOT_REPETITIONS = Error(
     "CM151",
     "{name} is {value!r}",
     "pass a positive whole number{other}",

@@ -28,7 +28,7 @@ class Stack:
 
     def result(self) -> Any:
         columns = zip(*self._chunks, strict=True)
-        joined = [torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
+        joined = [torch.cat(c) if len(c) > 1 and isinstance(c[0], Tensor) else c[0] for c in columns]
         return pytree.tree_unflatten(joined, self._spec)
 
 

@@ -72,7 +72,7 @@ def sample(
     kwargs = dict(sorted((kwargs or {}).items()))
     plan = plan_for(module, args, kwargs, patterns)
     leaves = pytree.tree_leaves((args, kwargs))
-    with _seeded(seed, [*leaves, *module.parameters()]):
+    with _seeded(seed, module, leaves):
         if plan.parts is None:
             for results, spec in loop(module, args, kwargs, plan.live, n):
                 into.add(results, spec)
@@ -105,12 +105,13 @@ def _repeated(value: Any, count: int) -> Any:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int | None, values: Sequence[Any]) -> Iterator[None]:
+def _seeded(seed: int | None, module: nn.Module, leaves: Sequence[Any]) -> Iterator[None]:
     """With a seed, random numbers from there on, in generators that are put back."""
     if seed is None:
         yield
         return
-    devices = {v.device.index or 0 for v in values if isinstance(v, Tensor) and v.is_cuda}
+    tensors = [v for v in (*leaves, *module.parameters()) if isinstance(v, Tensor)]
+    devices = {t.device.index or 0 for t in tensors if t.is_cuda}
     with torch.random.fork_rng(devices=sorted(devices)):
         torch.manual_seed(seed)
         yield
@@ -122,7 +123,7 @@ def _check(module: Any, n: Any, which: Any, chunk: Any) -> tuple[str, ...]:
         raise messages.NOT_SAMPLED.error(kind=type(module).__name__)
     for name, value, other in (("n", n, ""), ("chunk", chunk, ", or None for all at once")):
         if (value is not None or name == "n") and (type(value) is not int or value < 1):
-            raise messages.NOT_A_COUNT.error(name=name, value=value, other=other)
+            raise messages.NOT_REPETITIONS.error(name=name, value=value, other=other)
     patterns = (which,) if isinstance(which, str) else which
     if not isinstance(patterns, Sequence) or not patterns or not all(isinstance(p, str) for p in patterns):
         raise messages.NOT_PATTERNS.error(which=which)

@@ -4,11 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-X, IMAGES, STEPS = (
-    torch.linspace(-1, 1, 40).view(5, 8),
-    torch.linspace(-1, 1, 384).view(2, 3, 8, 8),
-    torch.ones(7, 3, 8),
-)
+X, STEPS = torch.linspace(-1, 1, 40).view(5, 8), torch.ones(7, 3, 8)
+IMAGES = torch.linspace(-1, 1, 384).view(2, 3, 8, 8)
 
 
 class Called(nn.Module):

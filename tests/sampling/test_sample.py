@@ -71,9 +71,8 @@ def test_rrelu_has_slopes_of_its_own():
     assert ((ours <= -0.1) & (ours >= -0.4)).all()
     assert abs(ours.mean() + 0.25) < 0.01
     assert abs(ours.std() - 0.3 / 12**0.5) < 0.01
-    assert torch.equal(
-        cm.sample(nn.Sequential(model, nn.Dropout(0.5)), torch.ones(2, 3), n=2) % 2, torch.zeros(2, 2, 3)
-    )
+    dropped = cm.sample(nn.Sequential(model, nn.Dropout(0.5)), torch.ones(2, 3), n=2)
+    assert set(dropped.unique().tolist()) <= {0.0, 2.0}
 
 
 def test_rrelu_in_eval_has_its_mean_slope():
