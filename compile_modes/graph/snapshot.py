@@ -82,6 +82,17 @@ def keeping_generators() -> Iterator[None]:
             set_state(state)
 
 
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers from a seed on, in all generators, which are put back afterwards."""
+    with keeping_generators():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        if (numpy := sys.modules.get("numpy")) is not None:
+            numpy.random.seed(seed % 2**32)
+        yield
+
+
 def foreign_generators() -> Iterator[tuple[str, Callable[[Any], Any], Any]]:
     """The generators that are not torch's: what each is called, what sets its state, and the state."""
     yield "Python's random", random.setstate, random.getstate()

@@ -83,3 +83,4 @@ NOT_BOUND_YET = Error(
     "pass what compile_modes.bind() returns for it",
     raised=SampleError,
 )
+NOT_A_SEED = Error("CM162", "seed is {seed!r}", "pass a whole number, or None", where="seed", raised=OptionError)

@@ -3,7 +3,7 @@
 import types
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -59,11 +59,15 @@ def one_by_one(parts: Parts) -> Callable[..., Results]:
     return run
 
 
-def quietly(run: Callable[..., Results], *args: Any) -> Results:
-    """Runs it, without vmap's word for slow ops."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=_SLOW)
-        return run(*args)
+def quiet(run: Callable[..., Results]) -> Callable[..., Results]:
+    """The same function, without vmap's word for slow ops."""
+
+    def quietly(*args: Any) -> Results:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=_SLOW)
+            return run(*args)
+
+    return quietly
 
 
 class _Watched(fx.Interpreter):
@@ -90,22 +94,34 @@ class _Watched(fx.Interpreter):
         return result
 
 
-def obstacle(parts: Parts, crossing: Sequence[Any]) -> tuple[str, str, Exception] | None:
-    """Runs two repetitions at once, to see whether that works.
+@dataclass(frozen=True)
+class Trial:
+    """What two repetitions at once have shown.
 
-    Returns:
-        None if it does; otherwise the op that doesn't, its owner, and what it raised.
+    Attributes:
+        error: why it doesn't work, if it doesn't; then ``op`` and ``owner`` say where.
+        slow: whether vmap has had a word to say.
     """
+
+    error: Exception | None = None
+    op: str = ""
+    owner: str = ""
+    slow: bool = False
+
+
+def tried(parts: Parts, crossing: Sequence[Any]) -> Trial:
+    """Runs one repetition, and two at once, to see whether that works and gives the same shapes and dtypes."""
     single = _Watched(parts.second)
     watched = _Watched(parts.second, single)
     alone, trial = (replace(parts, second=cast(fx.GraphModule, w.run)) for w in (single, watched))
     with torch.no_grad(), keeping_generators():
         one_by_one(alone)(torch.ones(1, dtype=torch.bool), *crossing)
-    try:
-        with torch.no_grad(), keeping_generators():
-            quietly(at_once(trial), torch.ones(2, dtype=torch.bool), *crossing)
-    except RuntimeError as error:  # what vmap raises, for ops without a rule and for those that can't have one
-        node = watched.at
-        assert node is not None
-        return str(node.target), module_path(node), error
-    return None
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            try:
+                at_once(trial)(torch.ones(2, dtype=torch.bool), *crossing)
+            except RuntimeError as error:  # what vmap raises, for ops without a rule and for those that can't have one
+                node = watched.at
+                assert node is not None
+                return Trial(error, str(node.target), module_path(node))
+    return Trial(slow=any(str(warning.message).startswith(_SLOW) for warning in said))

@@ -68,6 +68,7 @@ def lower(part: fx.GraphModule, repetition: fx.Node | None = None) -> None:
             nothing, to fill it with random numbers, has to be there for each repetition.
     """
     view = View(part)
+    casts = repetition is not None and any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
     _hand_down(view, repetition)
     for body in view.bodies:
         for node in list(body.graph.nodes):
@@ -78,8 +79,8 @@ def lower(part: fx.GraphModule, repetition: fx.Node | None = None) -> None:
                 node.target = _REGIONS[node.target]
             elif row is not None and row.family == "rnn" and not draws(view, node):
                 node.target = _steps(node.target)
-            elif node.target is torch.ops.aten.linear.default and repetition is not None and len(node.args) == 3:
-                node.target = linear if node.args[2] is not None else node.target
+            elif node.target is torch.ops.aten.linear.default and casts and tuple(node.args[2:]) not in ((), (None,)):
+                node.target = linear
             elif row is not None and row.family == "rrelu":
                 _write_out(node, row)
     for body in reversed(view.bodies):

@@ -18,7 +18,7 @@ from compile_modes.errors import ExportError, ModeWarning, first_line
 from compile_modes.graph.finding import sites
 from compile_modes.graph.requests import no_match, owner_matches
 from compile_modes.sampling import looping
-from compile_modes.sampling.batching import Results, at_once, obstacle, one_by_one, quietly
+from compile_modes.sampling.batching import Results, at_once, one_by_one, quiet, tried
 from compile_modes.sampling.capturing import capture
 from compile_modes.sampling.finding import Drawing, Found, find
 from compile_modes.sampling.splitting import Parts, split
@@ -105,16 +105,14 @@ def _ready(module: nn.Module, plan: Plan, args: Sequence[Any], kwargs: Mapping[s
     assert plan.parts is not None
     with torch.no_grad():
         results = plan.parts.first(*pytree.tree_leaves((tuple(args), dict(kwargs))))
-    stuck = obstacle(plan.parts, results[: len(plan.parts.own)])
-    compiler = compiler_of(module, OWN_OPTIONS)
-    if stuck is not None:
-        op, owner, error = stuck
-        plan.warning = messages.LOOPED.warning(op=op, owner=repr(owner), why=first_line(error))
-        run: Callable[..., Results] = one_by_one(plan.parts)
-        plan.first, plan.second = plan.parts.first, run
+    trial, compiler = tried(plan.parts, results[: len(plan.parts.own)]), compiler_of(module, OWN_OPTIONS)
+    if trial.error is not None:
+        why = first_line(trial.error)
+        plan.warning = messages.LOOPED.warning(op=trial.op, owner=repr(trial.owner), why=why)
+        plan.first, plan.second = plan.parts.first, one_by_one(plan.parts)
     elif compiler is None:
-        batched = at_once(plan.parts)
-        plan.first, plan.second = plan.parts.first, lambda *values: quietly(batched, *values)
+        run = at_once(plan.parts)
+        plan.first, plan.second = plan.parts.first, quiet(run) if trial.slow else run
     else:
         plan.first, plan.second, plan.whole = compiler(plan.parts.first), compiler(at_once(plan.parts)), True
     return plan

@@ -1,7 +1,7 @@
 """``sample``: many stochastic passes of a module, the deterministic part of it once."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from compile_modes import messages
+from compile_modes.graph.snapshot import seeded
 from compile_modes.sampling.looping import loop
 from compile_modes.sampling.plans import Plan, plan_for
 from compile_modes.sampling.reducing import Reduction, reduction
@@ -49,8 +50,8 @@ def sample(
         reduce: None for all results. ``"mean_std"`` for their mean and standard deviation (with n - 1), without all
             results in memory. A function ``(state, output) -> state``, as for :func:`functools.reduce`, is called with
             the output of each repetition in turn; state is None at first.
-        seed: with one, calls draw the same random numbers each time (with the same ``n`` and ``chunk``), and torch's
-            generators are left as they were.
+        seed: with one, calls draw the same random numbers each time (with the same ``n`` and ``chunk``), and the
+            generators of torch, Python and NumPy are left as they were.
         chunk: how many repetitions run at once; None is all of them. Memory grows with it.
         kwargs: keyword arguments of the call.
 
@@ -59,7 +60,7 @@ def sample(
         structures with tensors of the module's own shapes; with a function, its last result.
 
     Raises:
-        OptionError: ``n``, ``chunk``, ``which`` or ``reduce`` is not usable.
+        OptionError: ``n``, ``chunk``, ``which``, ``seed`` or ``reduce`` is not usable.
         OverrideError: a glob names no module that draws random numbers.
         SampleError: nothing draws random numbers; or a module does more in train than that.
 
@@ -67,12 +68,12 @@ def sample(
         ModeWarning: no graph can be made of the module, so that it is called n times; or the graph has an op that can't
             run for several repetitions at once, and the part with it runs n times.
     """
-    patterns = _check(module, n, which, chunk)
+    patterns = _check(module, n, which, chunk, seed)
     into = reduction(reduce, n)
     kwargs = dict(sorted((kwargs or {}).items()))
     plan = plan_for(module, args, kwargs, patterns)
     leaves = pytree.tree_leaves((args, kwargs))
-    with _seeded(seed, module, leaves):
+    with contextlib.nullcontext() if seed is None else seeded(seed):
         if plan.parts is None:
             for results, spec in loop(module, args, kwargs, plan.live, n):
                 into.add(results, spec)
@@ -104,26 +105,15 @@ def _repeated(value: Any, count: int) -> Any:
     return value.expand(count, *value.shape).clone() if isinstance(value, Tensor) else value
 
 
-@contextlib.contextmanager
-def _seeded(seed: int | None, module: nn.Module, leaves: Sequence[Any]) -> Iterator[None]:
-    """With a seed, random numbers from there on, in generators that are put back."""
-    if seed is None:
-        yield
-        return
-    tensors = [v for v in (*leaves, *module.parameters()) if isinstance(v, Tensor)]
-    devices = {t.device.index or 0 for t in tensors if t.is_cuda}
-    with torch.random.fork_rng(devices=sorted(devices)):
-        torch.manual_seed(seed)
-        yield
-
-
-def _check(module: Any, n: Any, which: Any, chunk: Any) -> tuple[str, ...]:
+def _check(module: Any, n: Any, which: Any, chunk: Any, seed: Any) -> tuple[str, ...]:
     """Validates what can be before a module is touched; returns the globs."""
     if not isinstance(module, nn.Module):
         raise messages.NOT_SAMPLED.error(kind=type(module).__name__)
     for name, value, other in (("n", n, ""), ("chunk", chunk, ", or None for all at once")):
         if (value is not None or name == "n") and (type(value) is not int or value < 1):
             raise messages.NOT_REPETITIONS.error(name=name, value=value, other=other)
+    if seed is not None and type(seed) is not int:
+        raise messages.NOT_A_SEED.error(seed=seed)
     patterns = (which,) if isinstance(which, str) else which
     if not isinstance(patterns, Sequence) or not patterns or not all(isinstance(p, str) for p in patterns):
         raise messages.NOT_PATTERNS.error(which=which)

@@ -1,5 +1,7 @@
 """What ``sample`` refuses, and what it runs in a loop, saying so."""
 
+import random
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,7 @@ def code(kind, *args, **kwargs):
         ("CM151", cm.OptionError, {"n": 0}),
         ("CM151", cm.OptionError, {"n": True}),
         ("CM151", cm.OptionError, {"chunk": 0}),
+        ("CM162", cm.OptionError, {"seed": "0"}),
         ("CM152", cm.OptionError, {"reduce": "mean"}),
         ("CM153", cm.OptionError, {"which": ()}),
         ("CM153", cm.OptionError, {"which": [3]}),
@@ -184,6 +187,20 @@ def test_an_interrupted_call_leaves_everything_as_it_was():
         cm.sample(model, X)
     assert [m.training for m in model.modules()][: len(flags)] == flags
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_python_random_numbers_are_seeded_and_put_back():
+    class Skipping(nn.Linear):
+        def forward(self, x):
+            return x if self.training and random.random() < 0.5 else super().forward(x)
+
+    model = Skipping(8, 8)
+    state = random.getstate()
+    with pytest.warns(cm.ModeWarning, match="CM157"):
+        result = cm.sample(model, X, n=30, seed=0)
+    assert random.getstate() == state
+    assert torch.equal(result, cm.sample(model, X, n=30, seed=0))
+    assert len(result.unique(dim=0)) == 2
 
 
 def test_results_that_do_not_fit_together():

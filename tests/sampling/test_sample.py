@@ -20,7 +20,7 @@ def _strict():
 
 
 def first(result):
-    return result[0] if isinstance(result, tuple) else result
+    return result if isinstance(result, torch.Tensor) else result[0]
 
 
 def live(model, x):
@@ -297,6 +297,7 @@ def test_bound_and_compiled_modules(make):
     assert model[1].num_batches_tracked == 0
 
 
+@pytest.mark.slow
 def test_many_models_compile_without_reaching_a_limit():
     models = [optimized(net()) for _ in range(12)]
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
@@ -310,3 +311,52 @@ def test_images_with_stochastic_depth_in_every_block():
     assert result.shape == (40, 2, 2)
     assert model[1].num_batches_tracked == 0
     assert len(result[:, 0].unique(dim=0)) == 2  # a sample is kept or not
+
+
+def bert():
+    transformers = pytest.importorskip("transformers")
+    config = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    return transformers.BertModel(transformers.BertConfig(vocab_size=50, **config)), torch.arange(14).view(2, 7)
+
+
+def vit():
+    timm = pytest.importorskip("timm")
+    small = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
+    rates = {
+        "drop_rate": 0.1,
+        "pos_drop_rate": 0.1,
+        "proj_drop_rate": 0.1,
+        "attn_drop_rate": 0.1,
+        "drop_path_rate": 0.3,
+    }
+    return timm.models.VisionTransformer(**small, **rates), torch.linspace(-1, 1, 6144).view(2, 3, 32, 32)
+
+
+def swin():
+    swin_transformer = pytest.importorskip("torchvision").models.SwinTransformer
+    small = {"patch_size": [4, 4], "embed_dim": 12, "depths": [2, 2], "num_heads": [1, 2], "window_size": [4, 4]}
+    rates = {"dropout": 0.1, "attention_dropout": 0.1, "stochastic_depth_prob": 0.3, "num_classes": 5}
+    return swin_transformer(**small, **rates), torch.linspace(-1, 1, 6144).view(2, 3, 32, 32)
+
+
+def resnet():
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("resnet18", num_classes=5, drop_path_rate=0.3, drop_block_rate=0.3, zero_init_last=False)
+    return model, torch.linspace(-1, 1, 24576).view(2, 3, 64, 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [bert, vit, swin, resnet])
+def test_whole_models_with_the_same_random_numbers(make):
+    model, x = make()
+    model.eval()
+    cm.sample(model, x, n=2)
+    with torch.no_grad(), Recorded() as recorded:
+        ours = first(cm.sample(model, x, n=3))
+    with torch.no_grad(), only_in_train(model, live(model, x)):
+        for i in range(3):
+            with Replayed(recorded.drawn, i) as replayed:
+                theirs = first(model(x))
+            assert not replayed.left
+            torch.testing.assert_close(ours[i], theirs, atol=1e-4, rtol=1e-4)
+    assert (ours[0] != ours[1]).any()
