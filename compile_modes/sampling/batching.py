@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 from torch.func import vmap
 from torch.utils import _pytree as pytree
 
@@ -123,5 +124,6 @@ def tried(parts: Parts, crossing: Sequence[Any]) -> Trial:
             except RuntimeError as error:  # what vmap raises, for ops without a rule and for those that can't have one
                 node = watched.at
                 assert node is not None
-                return Trial(error, str(node.target), module_path(node))
+                op = node.target if isinstance(node.target, OpOverload | str) else getattr(node.target, "__name__", "")
+                return Trial(error, str(op), module_path(node))
     return Trial(slow=any(str(warning.message).startswith(_SLOW) for warning in said))

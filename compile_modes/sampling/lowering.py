@@ -68,7 +68,8 @@ def lower(part: fx.GraphModule, repetition: fx.Node | None = None) -> None:
             nothing, to fill it with random numbers, has to be there for each repetition.
     """
     view = View(part)
-    casts = repetition is not None and any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
+    around = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
+    casts = repetition is not None and (around or any(node.target is _compat.AUTOCAST for node in view.nodes()))
     _hand_down(view, repetition)
     for body in view.bodies:
         for node in list(body.graph.nodes):
