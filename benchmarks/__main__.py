@@ -25,6 +25,7 @@ RUNS = {
     "refresh": ("--models", "resnet18", "mobilenet_v2"),
     "tune": ("--models", "resnet18"),
     "modes_data": ("--vectors", "16"),
+    "sampling": ("--models", "MLP", "resnet18"),
 }
 
 

@@ -12,6 +12,7 @@ from compile_modes.errors import (
     OptionError,
     OverrideError,
     PackageError,
+    SampleError,
     TuningError,
     VerifyError,
     WarmupError,
@@ -42,6 +43,7 @@ from compile_modes.package.packaged import Packaged
 from compile_modes.package.packaging import package
 from compile_modes.package.precompiled import Precompiled
 from compile_modes.package.precompiling import load_precompiled, precompile
+from compile_modes.sampling.sample import sample
 from compile_modes.tuning.adapter_state import load_lora, lora_state_dict
 from compile_modes.tuning.adapting import lora
 from compile_modes.tuning.freezing import FreezeReport, freeze
@@ -70,6 +72,7 @@ __all__ = [
     "Packaged",
     "Precompiled",
     "Report",
+    "SampleError",
     "Site",
     "TuningError",
     "VerifyError",
@@ -99,6 +102,7 @@ __all__ = [
     "precompile",
     "replace_head",
     "restore_literals",
+    "sample",
     "save",
     "set_mode",
     "sites",

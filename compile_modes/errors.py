@@ -116,6 +116,10 @@ class WarmupError(CompileModesError):
     """A module can't be warmed up, or a call of it has failed on the way; its state is as it was."""
 
 
+class SampleError(CompileModesError):
+    """A module can't be sampled from as it is asked; it is as it was."""
+
+
 class VerifyError(CompileModesError):
     """A module does not do what its eager model does, or the two can't be compared.
 

@@ -43,8 +43,8 @@ def test_every_form_is_applied():
 
 
 def test_options_of_the_backend_are_documented():
-    assert len(options._OWN_OPTIONS) >= 4
-    for name in options._OWN_OPTIONS:
+    assert len(options.OWN_OPTIONS) >= 4
+    for name in options.OWN_OPTIONS:
         assert f"``{name}``" in pt2e_modes.__doc__, name
 
 

@@ -15,7 +15,7 @@ FLOORS = [
     {"graph"},
     {"archive", "forms"},
     {"exported", "backend"},
-    {"warming", "package", "tuning"},
+    {"warming", "package", "tuning", "sampling"},
     {"cli", "__init__"},
     {"__main__"},
 ]

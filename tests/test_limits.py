@@ -229,6 +229,22 @@ def replaced(new):
     return cm.replace_head(bound(Linear(nn.ReLU())), "then", new)
 
 
+def two_in_train(self, x):
+    y = F.dropout(x, 0.5, self.training)
+    return (y, x) if self.training else y
+
+
+def counting_and_drawing():
+    def forward(self, x):
+        if self.training:
+            self.calls.add_(1)
+        return F.dropout(x, 0.5, self.training)
+
+    model = Called(forward)
+    model.register_buffer("calls", torch.zeros(()))
+    return model
+
+
 # By the number of the limit and the code: what provokes it.
 PROVOKED = {
     (1, "CM235"): lambda: bound(Called(noise)),
@@ -284,9 +300,12 @@ PROVOKED = {
     (43, "CM272"): lambda: replaced(Called(jitters)),
     (43, "CM273"): lambda: replaced(Called(quiet)),
     (43, "CM274"): lambda: replaced(Called(lambda _, x: (x, x))),
+    (45, "CM157"): lambda: cm.sample(Called(lambda s, x: F.dropout(x, 0.5) if x.sum() > 0 else x), X),
+    (47, "CM155"): lambda: cm.sample(Called(two_in_train), X),
+    (47, "CM156"): lambda: cm.sample(counting_and_drawing(), X),
 }
 # Provoked elsewhere, for they take a graph that is made for it, or a torch that is.
-ELSEWHERE = {(18, "CM304"), (22, "CM411"), (22, "CM401"), (31, "CM415")}
+ELSEWHERE = {(18, "CM304"), (22, "CM411"), (22, "CM401"), (31, "CM415"), (45, "CM158")}
 
 
 # Where torch.export tells the result of an eval dropout from its input, there is nothing to warn of.

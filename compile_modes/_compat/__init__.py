@@ -156,6 +156,12 @@ def lstm_steps(
     return result
 
 
+def in_steps(target: OpOverload) -> Callable[..., Any] | None:
+    """What torch takes ``gru``, ``rnn_tanh`` or ``rnn_relu`` apart into; without the dropout between their layers."""
+    kernels: dict[Any, Callable[..., Any]] = target.py_kernels
+    return kernels.get(torch._C.DispatchKey.CompositeImplicitAutograd)
+
+
 def last_state(value: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
     """The state after a recurrent layer, in the shape of the one before it.
 

@@ -10,7 +10,7 @@ import torch
 from compile_modes import messages
 from compile_modes.graph.requests import check_overrides, check_probabilities
 
-_OWN_OPTIONS = ("training", "overrides", "dropout_p", "mode_vectors", "tune", "freeze", "modes")
+OWN_OPTIONS = ("training", "overrides", "dropout_p", "mode_vectors", "tune", "freeze", "modes")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Options:
         known = torch._inductor.list_options()
         for key in given:
             if key.replace("-", "_") not in known:
-                raise messages.UNKNOWN_OPTION.error(key=key, suggestion=_near(key, [*_OWN_OPTIONS, *known]))
+                raise messages.UNKNOWN_OPTION.error(key=key, suggestion=_near(key, [*OWN_OPTIONS, *known]))
         return cls(training, overrides, dropout_p, given, vectors, tune, freeze, modes)
 
 

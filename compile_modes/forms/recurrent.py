@@ -110,6 +110,12 @@ def _stack(arguments: dict[str, Any], layer: _Layer, p: float) -> tuple[torch.Te
     return value, *(torch.cat(state, 0) for state in zip(*last, strict=True))
 
 
+def lstm_in_steps(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+    """What ``aten.lstm.input`` computes without dropout, in steps of ops that ``torch.func.vmap`` has rules for."""
+    names = [argument.name for argument in _LSTM._schema.arguments]
+    return _stack(dict(zip(names, args, strict=False)) | kwargs, _lstm_steps, 0.0)
+
+
 def _one_call(site: Site) -> _Layer:
     return lambda arguments: site.op.overload(**arguments)
 

@@ -10,7 +10,7 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from compile_modes._compat import value
-from compile_modes.graph.effects import written_operands
+from compile_modes.graph.effects import named_arguments, written_operands
 from compile_modes.graph.ops import lookup
 from compile_modes.graph.sites import Site, note
 from compile_modes.graph.sizes import MEASURES
@@ -40,6 +40,22 @@ def returns_input(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
     if row is None or row.family != "dropout" or row.flag is None or not isinstance(op, OpOverload):
         return False
     return not op._schema.is_mutable and row.read(args, kwargs, row.flag) is False
+
+
+def shared(node: fx.Node) -> list[fx.Node]:
+    """The operands whose memory the results of a node may share; all of them where the node doesn't tell."""
+    target = node.target
+    if node.op in ("placeholder", "get_attr", "output"):
+        return []
+    if not isinstance(target, OpOverload):
+        return list(node.all_input_nodes[:1] if target is operator.getitem else node.all_input_nodes)
+    named, kwargs = named_arguments(node), dict(node.kwargs)
+    if target._schema.name in _MAY_RETURN_OPERAND or returns_input(target, node.args, kwargs):
+        return node.all_input_nodes
+    if not any(result.alias_info is not None for result in target._schema.returns):
+        return []
+    given = [named.get(a.name) for a in target._schema.arguments if a.alias_info is not None]
+    return [value for value in pytree.tree_leaves(given) if isinstance(value, fx.Node)]
 
 
 def reused(site: Site) -> bool:

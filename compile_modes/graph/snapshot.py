@@ -1,5 +1,6 @@
 """The state of a module and of the random generators, to be put back as it was."""
 
+import contextlib
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ class Snapshot:
         kept = {id(t): t for t in (*unique, *(g for _, g in self._grads if g is not None))}.values()
         with torch.no_grad():
             self._values = [(t, t.detach().clone()) for t in kept]
-        self._generators = list(_generators())
+        self._generators = list(generators())
 
     def restore(self) -> None:
         """Puts everything back; may be called more than once."""
@@ -61,13 +62,35 @@ def _put_back(tensor: torch.Tensor, value: torch.Tensor) -> None:
             tensor.copy_(value)
 
 
-def _generators() -> Iterator[tuple[Callable[[Any], Any], Any]]:
+def generators() -> Iterator[tuple[Callable[[Any], Any], Any]]:
     """The state of each global generator, with the function that sets it."""
     yield torch.set_rng_state, torch.get_rng_state()
     if torch.cuda.is_initialized():
         yield torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()
     for _, set_state, state in foreign_generators():
         yield set_state, state
+
+
+@contextlib.contextmanager
+def keeping_generators() -> Iterator[None]:
+    """Puts all generators back afterwards."""
+    before = list(generators())
+    try:
+        yield
+    finally:
+        for set_state, state in before:
+            set_state(state)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers from a seed on, in all generators, which are put back afterwards."""
+    with keeping_generators():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        if (numpy := sys.modules.get("numpy")) is not None:
+            numpy.random.seed(seed % 2**32)
+        yield
 
 
 def foreign_generators() -> Iterator[tuple[str, Callable[[Any], Any], Any]]:

@@ -5,7 +5,7 @@ One file per group of codes, or per range of one; ``entry.py`` is the mechanism,
 
 - CM0xx ``packaging.py``: packages, compiled ahead of time; ``packaged.py``: read from files, and called;
   ``precompiling.py``: code put around a module
-- CM1xx ``requests.py``: what was asked for: modes, overrides, options
+- CM1xx ``requests.py``: what was asked for: modes, overrides, options; ``sampling.py``: stochastic passes
 - CM2xx ``binding.py``: binding and baking; ``tuning.py``: fine-tuning
 - CM3xx ``exporting.py``: exporting both modes
 - CM4xx ``compiling.py``: under torch.compile
@@ -39,6 +39,7 @@ from compile_modes.messages.precompiling import *  # noqa: F403
 from compile_modes.messages.reasons import *  # noqa: F403
 from compile_modes.messages.remarks import *  # noqa: F403
 from compile_modes.messages.requests import *  # noqa: F403
+from compile_modes.messages.sampling import *  # noqa: F403
 from compile_modes.messages.tools import *  # noqa: F403
 from compile_modes.messages.tuning import *  # noqa: F403
 from compile_modes.messages.warming import *  # noqa: F403
