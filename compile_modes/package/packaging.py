@@ -9,9 +9,9 @@ from torch import nn
 
 from compile_modes import messages
 from compile_modes._compat import aoti
-from compile_modes.archive.container import FileLike
 from compile_modes.console import progress as progress_bar
 from compile_modes.errors import few, summary
+from compile_modes.files import FileLike, check_place
 from compile_modes.exported.provenance import flags
 from compile_modes.graph.finding import sites
 from compile_modes.package import file as files
@@ -70,6 +70,7 @@ def package(
     """
     wanted = asked(modes)
     given = _check(options, loss, targets, wanted)
+    check_place(path)
     with progress_bar("package", ["export", *(f"compile {mode}" for mode in wanted), "write"], progress) as advance:
         bound, names = bound_of(module, args, kwargs, dynamic_shapes)
         flagged = vectors(bound, wanted)

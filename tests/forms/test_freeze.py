@@ -112,7 +112,7 @@ def test_equals_eager_after(write, freeze):
         assert any(runs_on_constants())
 
 
-@pytest.mark.parametrize("times", [6, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [6, pytest.param(40, marks=pytest.mark.slow)])
 def test_writes_compile_nothing(times):
     model = net()
     call = frozen(model)

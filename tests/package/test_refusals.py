@@ -92,6 +92,31 @@ def test_it_is_refused_and_nothing_changes(name, faked, tmp_path):
     assert modes == [module.training for module in model.modules()]
 
 
+def test_a_path_is_tried_before_anything_is_compiled(monkeypatch, tmp_path):
+    monkeypatch.setattr(aoti, "compile_ahead", lambda *_: pytest.fail("it was compiled"))
+    for path in (tmp_path, tmp_path / "none" / "model.pt2"):
+        with pytest.raises(cm.ArchiveError, match="CM50[13]"):
+            cm.package(Small(), (X,), path, modes=["eval"])
+    assert not list(tmp_path.iterdir())
+
+
+class Named(nn.Linear):
+    def forward(self, x, *, scale, shift=None):
+        return super().forward(x) * scale + (0 if shift is None else shift)
+
+
+def test_arguments_by_name(faked, tmp_path):
+    model = Named(4, 4)
+    cm.package(model, (X,), tmp_path / "model.pt2", kwargs={"scale": X, "shift": 1.0}, modes=["eval"])
+    packed = cm.load_package(tmp_path / "model.pt2").eval()
+    wanted = model(X, scale=X, shift=1.0)
+    torch.testing.assert_close(packed(X, shift=1.0, scale=X), wanted)
+    torch.testing.assert_close(packed(X, X, 1.0), wanted)
+    for kwargs in ({"scale": X}, {"scale": X, "shift": 2.0}, {"scale": X, "shift": 1.0, "more": X}):
+        with pytest.raises(cm.CallError, match="CM042"):
+            packed(X, **kwargs)
+
+
 def test_a_bound_module_has_its_sizes_and_stays_as_it_was(faked, tmp_path):
     batch = torch.export.Dim("batch", min=1, max=16)
     bound = cm.export(Small(0.0), (X,), dynamic_shapes=({0: batch},)).eval()
