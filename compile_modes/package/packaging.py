@@ -11,8 +11,8 @@ from compile_modes import messages
 from compile_modes._compat import aoti
 from compile_modes.console import progress as progress_bar
 from compile_modes.errors import few, summary
-from compile_modes.files import FileLike, check_place
 from compile_modes.exported.provenance import flags
+from compile_modes.files import FileLike, check_place
 from compile_modes.graph.finding import sites
 from compile_modes.package import file as files
 from compile_modes.package.asking import TRAIN, asked, bound_of, deciders, submodules, vectors

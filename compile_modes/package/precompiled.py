@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from compile_modes import messages
-from compile_modes.files import FileLike
 from compile_modes.errors import few
+from compile_modes.files import FileLike
 from compile_modes.package import ahead_file
 from compile_modes.package.ahead import Ahead, Code, differences, surroundings
 from compile_modes.package.dispatch import Dispatch, tensors_given

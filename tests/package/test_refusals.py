@@ -95,7 +95,7 @@ def test_it_is_refused_and_nothing_changes(name, faked, tmp_path):
 def test_a_path_is_tried_before_anything_is_compiled(monkeypatch, tmp_path):
     monkeypatch.setattr(aoti, "compile_ahead", lambda *_: pytest.fail("it was compiled"))
     for path in (tmp_path, tmp_path / "none" / "model.pt2"):
-        with pytest.raises(cm.ArchiveError, match="CM50[13]"):
+        with pytest.raises(cm.ArchiveError, match=r"CM50[13]"):
             cm.package(Small(), (X,), path, modes=["eval"])
     assert not list(tmp_path.iterdir())
 
