@@ -90,6 +90,7 @@ torch.compile(model, backend="pt2e_modes", options={"training": False})(torch.ra
 """
 
 
+@pytest.mark.slow
 def test_in_another_process_by_torchs_own_switches(tmp_path):
     environment = {**os.environ, "TORCH_LOGS": "+compile_modes", "TORCH_TRACE": str(tmp_path)}
     run = subprocess.run(

@@ -157,6 +157,7 @@ class TestWithoutInductor:
             compile_(cm.bind(torch.export.export(ConvNet(), (IMAGE,))))(IMAGE)
             compile_(cm.bind(torch.export.export(HardCoded().eval(), (torch.randn(3, 4),))))(torch.randn(3, 4))
 
+    @pytest.mark.slow
     def test_dynamic_shapes_and_no_grad(self):
         reference = ConvNet()
         module = copy.deepcopy(reference)

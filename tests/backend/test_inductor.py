@@ -52,7 +52,7 @@ def test_nested_in_a_compiled_parent(kind):
 
 @pytest.mark.parametrize("kind", ["bound-train", "eager"])
 @pytest.mark.parametrize(("build", "x"), nets("norms", "activations", "regions", "attention", "unused"))
-@pytest.mark.every(10)
+@pytest.mark.slow
 def test_other_sites(build, x, kind):
     reference = build()
     module = make(reference, kind, x)

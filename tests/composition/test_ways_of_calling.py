@@ -21,6 +21,7 @@ def test_fullgraph(kind):
 
 @no_inductor
 @KINDS
+@pytest.mark.every(2)
 def test_dynamic_with_changing_batch_sizes(kind):
     shapes = {"x": {0: torch.export.Dim("batch", min=2, max=64)}}
     reference, module = make(kind, shapes)

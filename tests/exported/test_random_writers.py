@@ -70,7 +70,7 @@ LITERAL = (baked, exported_again)  # they hold one combination of modes
 
 
 @pytest.mark.parametrize("seed", range(120))
-@pytest.mark.every(11)
+@pytest.mark.every(20)
 @pytest.mark.usefixtures("no_inductor")
 def test_forms_of_random_modules_equal_eager(seed):
     reference = build(seed)

@@ -95,7 +95,7 @@ WRITES = {
 }
 
 
-@pytest.mark.every(8)
+@pytest.mark.every(12)
 @pytest.mark.parametrize("freeze", ["auto", "strict"])
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
 def test_equals_eager_after(write, freeze):

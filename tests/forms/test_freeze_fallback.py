@@ -175,6 +175,7 @@ def test_a_failure_of_inductor_is_warned_of_once(monkeypatch):
     assert says(call, model, X) == []
 
 
+@pytest.mark.slow
 def test_wrong_results_are_found_before_they_are_used(monkeypatch):
     stock = freezing.with_constants
 

@@ -180,6 +180,7 @@ class TestWithoutInductor:
         module = Checkpointed(bound(reference.child, SEQUENCE))
         agrees(reference, module, compile_(module), [SEQUENCE], flips=2, steps=2)
 
+    @pytest.mark.slow
     def test_a_graph_that_is_compiled_as_it_came(self, monkeypatch):
         handed = []
 

@@ -76,7 +76,7 @@ def effects(model: nn.Module, x: torch.Tensor) -> tuple[bool, set[str]]:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.every(5)
+@pytest.mark.every(9)
 def test_a_forward_draws_and_writes_what_eager_does(kind, mode):
     model, x = make("eager")
     MODES[mode](model)
@@ -90,7 +90,7 @@ def test_a_forward_draws_and_writes_what_eager_does(kind, mode):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.every(3)
+@pytest.mark.slow
 def test_a_backward_uses_the_statistics_of_its_mode(kind):
     for mode, running in {"train": False, "eval": True, "frozen norms": True, "live dropout": True}.items():
         forward, backward = programs(kind, mode)
@@ -102,6 +102,7 @@ def test_a_backward_uses_the_statistics_of_its_mode(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.every(3)
 def test_a_backward_uses_the_masks_that_the_forward_drew(kind):
     for mode in MODES:
         forward, backward = programs(kind, mode)

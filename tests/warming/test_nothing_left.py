@@ -66,7 +66,7 @@ def autocast():
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-@pytest.mark.every(2)
+@pytest.mark.every(5)
 def test_epochs_compile_nothing(kind, batches, ambient, compiled):
     first = marked() if len(batches) == 2 and "dynamic" not in kind[:7] else batches[0]
     call = build(kind)
