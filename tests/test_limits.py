@@ -305,7 +305,16 @@ PROVOKED = {
     (47, "CM156"): lambda: cm.sample(counting_and_drawing(), X),
 }
 # Provoked elsewhere, for they take a graph that is made for it, or a torch that is.
-ELSEWHERE = {(18, "CM304"), (22, "CM411"), (22, "CM401"), (31, "CM415"), (45, "CM158")}
+ELSEWHERE = {
+    (18, "CM304"),
+    (22, "CM411"),
+    (22, "CM401"),
+    (31, "CM415"),
+    (45, "CM158"),
+    (48, "CM064"),
+    (48, "CM065"),
+    (48, "CM073"),
+}
 
 
 # Where torch.export tells the result of an eval dropout from its input, there is nothing to warn of.

@@ -42,18 +42,21 @@ def own_cache() -> Iterator[Callable[[], dict[str, bytes]]]:
     """Has Inductor keep its files apart, and gives a function that reads those that code needs, by name."""
     from torch._inductor.utils import fresh_cache
 
+    failed = None
     with fresh_cache():
-        yield _kernels
+        try:
+            yield _kernels
+        except BaseException as error:
+            failed = error  # raised behind the block, which would leave its folder there
+    if failed is not None:
+        raise failed
 
 
-def bundled(
-    program: ExportedProgram, wanted: Sequence[bool], gradients: bool, options: Mapping[str, Any]
-) -> tuple[bytes, list[str]]:
+def bundled(program: ExportedProgram, gradients: bool, options: Mapping[str, Any]) -> tuple[bytes, list[str]]:
     """Compiles the graph of a program, its parameters among its inputs.
 
     Args:
-        program: one that nobody else has.
-        wanted: of each input of the graph, whether it gets a gradient.
+        program: one that nobody else has, with :func:`set_leaves`.
         gradients: whether there is a backward.
         options: Inductor's.
 
@@ -62,7 +65,7 @@ def bundled(
         symbols of the program.
     """
     module = program.graph_module
-    values = _inputs(module, wanted)
+    values = [node.meta.get("val") for node in module.graph.find_nodes(op="placeholder")]
     fakes = [value for value in values if isinstance(value, torch.Tensor)]
     shapes: Any = getattr(getattr(fakes[0], "fake_mode", None), "shape_env", None) if fakes else None
     before = len(shapes.guards) if shapes is not None else 0
@@ -78,17 +81,19 @@ def bundled(
         return made.serialize(), _guards(shapes, before)
 
 
-def _inputs(module: fx.GraphModule, wanted: Sequence[bool]) -> list[Any]:
-    """Fakes of a graph's inputs, leaves of autograd; they stand in the graph, which is where Inductor looks."""
-    values = []
+def set_leaves(module: fx.GraphModule, wanted: Sequence[bool]) -> None:
+    """Makes fakes of a graph's inputs leaves of autograd; they stand in the graph, which is where Inductor looks.
+
+    Args:
+        module: the graph.
+        wanted: of each input, whether it gets a gradient.
+    """
     for node, asked in zip(module.graph.find_nodes(op="placeholder"), wanted, strict=True):
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor):
-            value = node.meta["val"] = value.detach().requires_grad_(asked)
-        values.append(value)
+            node.meta["val"] = value.detach().requires_grad_(asked)
     for node in module.graph.output_node().all_input_nodes:
         node.meta.setdefault("example_value", node.meta.get("val"))  # where torch 2.13 looks
-    return values
 
 
 def _guards(shapes: Any, before: int) -> list[str]:

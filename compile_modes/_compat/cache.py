@@ -31,6 +31,11 @@ def is_compiled(module: nn.Module) -> bool:
     )
 
 
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether this is what ``torch.compile`` has put around a module."""
+    return isinstance(module, OptimizedModule)
+
+
 class _Nobody:
     """The object that entries belong to which Dynamo shall not count."""
 

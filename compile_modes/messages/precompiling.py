@@ -88,3 +88,23 @@ IS_PRECOMPILED = Error(
     "read it by compile_modes.load_precompiled()",
     raised=ArchiveError,
 )
+MADE_OF_OTHERS = Error(
+    "CM073",
+    "the {what} of a submodule are others than when the code was compiled",
+    f"undo that, or {_AGAIN}",
+    where="{name}",
+    raised=PackageError,
+)
+INFERENCE_MODE = Error(
+    "CM074",
+    "mode {mode!r} was compiled with a backward, and doesn't run in inference mode",
+    "call it under torch.no_grad()",
+    where="mode {mode!r}",
+    raised=PackageError,
+)
+TIED = Error(
+    "CM075",
+    "weights that were apart when the code was compiled are one now",
+    f"give each a tensor of its own, or {_AGAIN}",
+    raised=PackageError,
+)

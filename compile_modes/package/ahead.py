@@ -1,6 +1,6 @@
 """What was compiled ahead for a module: code for each of its modes, and what that takes for granted."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ class Code:
         signature: the tensors of a call.
         wanted: of each of these, whether it may get a gradient.
         reads: the state that it takes, in order.
+        apart: in how many places of memory that lies.
         constants: the part of the state that the module doesn't hold.
         results: what the module returns.
     """
@@ -33,6 +34,7 @@ class Code:
     signature: Signature
     wanted: list[bool]
     reads: list[str]
+    apart: int
     constants: dict[str, torch.Tensor]
     results: Tree
 
@@ -47,6 +49,7 @@ class Ahead:
         kernels: what that needs of Inductor's cache, by name.
         deciders: the submodules whose flags make a difference.
         names: of the arguments.
+        keywords: how many of these, the last ones, go by name.
         arguments: what these have to be like.
         weights: of each parameter and buffer that is read, how it lies in memory.
         trained: those among them that get gradients.
@@ -60,6 +63,7 @@ class Ahead:
     kernels: dict[str, bytes]
     deciders: list[str]
     names: list[str]
+    keywords: int
     arguments: Node
     weights: dict[str, Place]
     trained: list[str]
@@ -80,6 +84,11 @@ def held(module: nn.Module) -> dict[str, Slot]:
         leaves = [leaf for leaf, value in values.items() if isinstance(value, torch.Tensor)]
         found |= {f"{path}.{leaf}" if path else leaf: (values, leaf) for leaf in leaves}
     return {**found, **slots(module)}
+
+
+def apart(tensors: Iterable[torch.Tensor]) -> int:
+    """In how many places some tensors begin. Code takes for granted which of them are one."""
+    return len({tensor.data_ptr() for tensor in tensors if tensor.numel()})
 
 
 def weights_of(module: nn.Module, names: Sequence[str]) -> tuple[dict[str, Place], dict[str, list[str]]]:

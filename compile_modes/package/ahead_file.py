@@ -41,6 +41,7 @@ def write(path: FileLike, ahead: Ahead, python: Mapping[str, Any]) -> None:
         "tensors": pool.tensors,
         "deciders": ahead.deciders,
         "names": ahead.names,
+        "keywords": ahead.keywords,
         "arguments": ahead.arguments,
         "weights": {name: _to_json(of) for name, of in ahead.weights.items()},
         "trained": ahead.trained,
@@ -65,6 +66,7 @@ def _described(code: Code, pool: weights.Pool) -> dict[str, Any]:
         "signature": code.signature.to_json(),
         "wanted": code.wanted,
         "reads": code.reads,
+        "apart": code.apart,
         "constants": {name: pool.add_constant(name, value) for name, value in code.constants.items()},
     }
 
@@ -101,7 +103,10 @@ def read(path: FileLike) -> tuple[Ahead, dict[str, Any]]:
         held = {name: _from_json(of, device) for name, of in header["weights"].items()}
         names, deciders, arguments, around = (header[key] for key in ("names", "deciders", "arguments", "around"))
         trained, ties, functions = header["trained"], header["ties"], opened(codes, kernels)
-        ahead = Ahead(codes, functions, kernels, deciders, names, arguments, held, trained, ties, device, around)
+        keywords = int(header["keywords"])
+        ahead = Ahead(
+            codes, functions, kernels, deciders, names, keywords, arguments, held, trained, ties, device, around
+        )
         return ahead, dict(header["python"])
 
 
@@ -110,7 +115,7 @@ def _code(reader: Reader, mode: str, one: Mapping[str, Any], tensors: list[torch
     constants = {name: tensors[index] for name, index in one["constants"].items()}
     signature, data = Signature.from_json(one["signature"]), reader.read(f"{_FOLDER}{mode}.bundle")
     flags, gradients = dict(one["flags"]), bool(one["gradients"])
-    return Code(data, flags, gradients, signature, one["wanted"], one["reads"], constants, results)
+    return Code(data, flags, gradients, signature, one["wanted"], one["reads"], one["apart"], constants, results)
 
 
 def opened(codes: Mapping[str, Code], kernels: Mapping[str, bytes]) -> dict[str, Any]:

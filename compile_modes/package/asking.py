@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from compile_modes import messages
+from compile_modes._compat.cache import is_wrapper
 from compile_modes.exported.exporting import export
 from compile_modes.graph.dual import DualModule
 from compile_modes.graph.finding import sites
@@ -18,6 +19,13 @@ TRAIN = "train"  # the one mode that has a backward
 Vector = dict[str, bool]
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside of what ``torch.compile`` or :func:`precompile` has put around it."""
+    inner = vars(module).get("_modules", {}).get("_orig_mod")
+    wraps = is_wrapper(module) or hasattr(type(module), "wraps_a_module")
+    return inner if inner is not None and wraps else module
+
+
 def bound_of(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, dynamic_shapes: Any
 ) -> tuple[nn.Module, list[str]]:
@@ -27,7 +35,7 @@ def bound_of(
         OptionError: the arguments are none, or sizes are given for a module that has its own.
         ExportError: the module can't be exported.
     """
-    module = getattr(module, "_orig_mod", module)
+    module = unwrapped(module)
     if not isinstance(args, tuple):
         raise messages.ARGS_NO_TUPLE.error(kind=type(args).__name__)
     if isinstance(module, DualModule) or getattr(module, "meta", {}).get(BOUND):

@@ -75,12 +75,18 @@ def submodule(module: nn.Module, path: str) -> nn.Module:
 
 
 def tensors_given(
-    names: Sequence[str], nodes: tuple[Node, Node], args: tuple[Any, ...], kwargs: Mapping[str, Any], mode: str
+    names: Sequence[str],
+    keywords: int,
+    nodes: tuple[Node, Node],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    mode: str,
 ) -> list[torch.Tensor]:
     """The tensors in the arguments of a call.
 
     Args:
         names: of the module's arguments, in order; any of them may be given by name.
+        keywords: how many of them, the last ones, can be given by name only: their order is nobody's.
         nodes: what these have to be like; and the targets of a loss, which follow, by position.
         args, kwargs: of the call.
         mode: to name in the error.
@@ -89,15 +95,17 @@ def tensors_given(
         CallError: the arguments are unlike those that were compiled for.
     """
     targets = nodes[1]["tuple"]
+    count = max(len(args) - len(targets), 0)
     found: list[torch.Tensor] = []
     try:
-        if kwargs:
-            rest = names[len(args) :]
-            if targets or sorted(kwargs) != sorted(rest):
-                raise Strange(f"arguments by the names {few(map(repr, kwargs))} are given")
-            args = (*args, *(kwargs[name] for name in rest))
-        take({"tuple": nodes[0]["tuple"] + targets}, args, found)
+        rest = names[count:]
+        if count > len(names) - keywords or sorted(kwargs) != sorted(rest):
+            by_name = f", and by the names {few(map(repr, kwargs))}" if kwargs else ""
+            raise Strange(f"{len(args)} are given by position{by_name}")
+        values = (*args[:count], *(kwargs[name] for name in rest), *args[count:])
+        take({"tuple": nodes[0]["tuple"] + targets}, values, found)
     except Strange as why:
-        wanted = f"{len(names)} arguments ({few(names)})" + (f" and {len(targets)} targets" if targets else "")
+        by_name = f", {few(names[len(names) - keywords :])} by name" if keywords else ""
+        wanted = f"{len(names)} arguments ({few(names)}{by_name})" + (f" and {len(targets)} targets" if targets else "")
         raise messages.OTHER_CALL.error(what=why, wanted=wanted, mode=mode) from None
     return found

@@ -70,7 +70,9 @@ class Packaged(nn.Module):
         mode = self._present()
         self._dispatch.check_places()
         targets = self._package["targets"] if mode.loss else {"tuple": []}
-        tensors = tensors_given(self._package["names"], (self._package["args"], targets), args, kwargs, mode.name)
+        package = self._package
+        nodes = (package["args"], targets)
+        tensors = tensors_given(package["names"], package["keywords"], nodes, args, kwargs, mode.name)
         fitted = mode.signature.fitted(tensors, torch.device(self._package["device"]))
         mode.state.check_ties()
         if not mode.loss:

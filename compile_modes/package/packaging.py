@@ -48,7 +48,7 @@ def package(
         args: positional arguments to call it with: tensors, constants that are compiled in, and tuples, lists and dicts
             of these.
         path: the ``.pt2`` file to write. It appears whole or not at all.
-        kwargs: arguments by name, the same. The packaged module takes them by name or after the others.
+        kwargs: arguments by name, the same. The packaged module takes them by name, too.
         modes: "train" and "eval", one or both; or the flags of each mode by its name, as globs of submodules:
             ``{"train": "train", "mc": {"*.drop": "train", "*": "eval"}}``. The first glob that matches decides, ``*``
             last; submodules that none matches are in eval mode.
@@ -94,7 +94,12 @@ def package(
             described[mode] = _described(program, flagged[mode], held, reads)
             advance()
         start = next((mode for mode, vector in flagged.items() if _same(bound, vector)), next(iter(flagged)))
-        files.write(path, _header(bound, names, state, pool, described, examples.nodes, start, device), code, pool)
+        files.write(
+            path,
+            _header(bound, names, len(keywords), state, pool, described, examples.nodes, start, device),
+            code,
+            pool,
+        )
         advance()
 
 
@@ -149,6 +154,7 @@ def _same(bound: nn.Module, vector: Mapping[str, bool]) -> bool:
 def _header(
     bound: nn.Module,
     names: list[str],
+    keywords: int,
     state: list[dict[str, Any]],
     pool: Pool,
     modes: dict[str, Any],
@@ -166,6 +172,7 @@ def _header(
         "args": nodes[0],
         "targets": nodes[1],
         "names": names,
+        "keywords": keywords,
         "modes": modes,
         "start": start,
         "sites": found,

@@ -10,7 +10,7 @@ from compile_modes import messages
 from compile_modes.errors import few
 from compile_modes.files import FileLike
 from compile_modes.package import ahead_file
-from compile_modes.package.ahead import Ahead, Code, differences, surroundings
+from compile_modes.package.ahead import Ahead, Code, apart, differences, surroundings
 from compile_modes.package.dispatch import Dispatch, tensors_given
 from compile_modes.package.running import State
 from compile_modes.package.structure import Node
@@ -25,9 +25,10 @@ class Precompiled(nn.Module):
     As with ``torch.compile``, the module is inside, under ``_orig_mod``: it has the weights and the flags, attributes
     are looked up in it, and ``train()``, ``eval()``, ``parameters()`` and optimizers go on working. Nothing is compiled
     at a call. What the code takes for granted is compared at each call: flags, arguments, weights, submodules, hooks,
-    and the numbers and strings that submodules hold. What it hasn't been compiled for is refused.
+    and the attributes that submodules hold. What it hasn't been compiled for is refused.
     """
 
+    wraps_a_module = True
     _ahead: Ahead
     _state: State
     _dispatch: Dispatch
@@ -36,16 +37,18 @@ class Precompiled(nn.Module):
     def __init__(self, module: nn.Module, ahead: Ahead) -> None:
         """Puts code around a module as it is now."""
         super().__init__()
-        self._orig_mod = module
-        self.training = module.training
+        super().__setattr__("_orig_mod", module)
+        self.__dict__["training"] = module.training
         flags = {mode: code.flags for mode, code in ahead.codes.items()}
         names = [name for name, _ in module.named_modules(remove_duplicate=False)]
-        self.__dict__ |= {
-            "_ahead": ahead,
-            "_state": ahead.state(module),
-            "_dispatch": Dispatch(module, names, ahead.deciders, flags),
-            "_watch": Watch(module),
-        }
+        self.__dict__.update(
+            {
+                "_ahead": ahead,
+                "_state": ahead.state(module),
+                "_dispatch": Dispatch(module, names, ahead.deciders, flags),
+                "_watch": Watch(module),
+            }
+        )
 
     def mode(self, name: str) -> "Precompiled":
         """Sets the flags of all submodules to those of a mode that was compiled.
@@ -60,7 +63,7 @@ class Precompiled(nn.Module):
             PackageError: there is no such mode.
         """
         self._dispatch.set(name)
-        self.training = self._orig_mod.training
+        self.__dict__["training"] = self._orig_mod.training
         return self
 
     @torch.compiler.disable
@@ -77,10 +80,12 @@ class Precompiled(nn.Module):
         self._watch.check()
         if changed := differences(ahead.around, surroundings(ahead.device)):
             raise messages.OTHER_SURROUNDINGS.error(what=few(changed))
-        tensors = tensors_given(ahead.names, (ahead.arguments, _NO_TARGETS), args, kwargs, mode)
+        tensors = tensors_given(ahead.names, ahead.keywords, (ahead.arguments, _NO_TARGETS), args, kwargs, mode)
         code.signature.check(tensors, ahead.device)
         state = [self._weight(name, code) for name in code.reads]
-        self._state.check_ties()
+        self._check_ties(code, state)
+        if code.gradients and torch.is_inference_mode_enabled():
+            raise messages.INFERENCE_MODE.error(mode=mode)
         if torch.is_grad_enabled():
             self._check_gradients(mode, code, state, tensors)
         plain = [tensor.resolve_conj().resolve_neg().contiguous() for tensor in tensors]
@@ -94,6 +99,16 @@ class Precompiled(nn.Module):
         tensor = self._state.get(name)
         self._state.check(name, tensor)
         return tensor
+
+    def _check_ties(self, code: Code, state: list[torch.Tensor]) -> None:
+        """Raises PackageError unless names of one tensor still are that, and others aren't."""
+        for first, others in self._ahead.ties.items():
+            for other in others:
+                if self._state.get(other) is not self._state.get(first):
+                    raise messages.UNTIED.error(name=other, other=first)
+        held = [tensor for name, tensor in zip(code.reads, state, strict=True) if name not in code.constants]
+        if apart(held) != code.apart:
+            raise messages.TIED.error()
 
     def _check_gradients(self, mode: str, code: Code, state: list[torch.Tensor], tensors: list[torch.Tensor]) -> None:
         if not code.gradients:
@@ -120,6 +135,15 @@ class Precompiled(nn.Module):
         self._watch.check()
         ahead_file.write(path, self._ahead, self._watch.described())
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets attributes of the module inside, as ``torch.compile``'s wrapper does."""
+        if name == "training":
+            self.__dict__[name] = value
+        setattr(self._orig_mod, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._orig_mod, name)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -128,7 +152,10 @@ class Precompiled(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Precompiled":
         self._watch.check()  # the copy's is made of the copy
-        return Precompiled(copy.deepcopy(self._orig_mod, memo), self._ahead)
+        made = Precompiled(copy.deepcopy(self._orig_mod, memo), self._ahead)
+        hooks = {key: copy.copy(value) for key, value in vars(self).items() if key.endswith("_hooks")}
+        made.__dict__.update(hooks)
+        return made
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise messages.NO_PICKLE.error()

@@ -14,9 +14,11 @@ from compile_modes import messages
 from compile_modes._compat import bundling
 from compile_modes.errors import few, summary
 from compile_modes.exported.provenance import flags, set_flags
+from compile_modes.forms.lower import lower
+from compile_modes.graph.finding import sites
 from compile_modes.package import ahead_file
-from compile_modes.package.ahead import Ahead, Code, differences, held, surroundings, weights_of
-from compile_modes.package.asking import Vector, asked, bound_of, deciders, flags_in, vectors
+from compile_modes.package.ahead import Ahead, Code, apart, differences, held, surroundings, weights_of
+from compile_modes.package.asking import Vector, asked, bound_of, deciders, flags_in, unwrapped, vectors
 from compile_modes.package.precompiled import Precompiled
 from compile_modes.package.programs import Examples, Program, examples_of, plain_program_of
 from compile_modes.package.running import Slot
@@ -65,7 +67,7 @@ def precompile(
     """
     if lacking := bundling.missing():
         raise messages.NO_BUNDLES.error(torch=torch.__version__, name=lacking)
-    module = getattr(module, "_orig_mod", module)
+    module = unwrapped(module)
     wanted = asked(modes)
     if strange := sorted(set(gradients or ()) - wanted.keys()):
         raise messages.GRADIENTS_OF_NO_MODE.error(names=few(map(repr, strange)), modes=few(map(repr, wanted)))
@@ -92,7 +94,10 @@ def precompile(
     device = next((t.device for t in (*module.parameters(), *module.buffers(), *examples.tensors)), torch.device("cpu"))
     functions = ahead_file.opened(codes, kernels)
     around, arguments = surroundings(device), examples.nodes[0]
-    ahead = Ahead(codes, functions, kernels, deciders(bound), names, arguments, weights, trained, ties, device, around)
+    keywords = len(kwargs or {})
+    ahead = Ahead(
+        codes, functions, kernels, deciders(bound), names, keywords, arguments, weights, trained, ties, device, around
+    )
     return Precompiled(module, ahead)
 
 
@@ -105,7 +110,7 @@ def load_precompiled(path: str | os.PathLike[str], module: nn.Module) -> Precomp
     Args:
         path: the file.
         module: the eager module, or the bound one, with any weights: shapes, strides and dtypes have to be the same,
-            and so do the code of its classes, and the numbers and strings that its submodules hold.
+            and so do the code of its classes, and the attributes that its submodules hold.
 
     Returns:
         The module with the code around it, in its own mode.
@@ -117,7 +122,7 @@ def load_precompiled(path: str | os.PathLike[str], module: nn.Module) -> Precomp
     """
     if lacking := bundling.missing():
         raise messages.NO_BUNDLES.error(torch=torch.__version__, name=lacking)
-    module = getattr(module, "_orig_mod", module)
+    module = unwrapped(module)
     ahead, python = ahead_file.read(os.fspath(path))
     if said := difference(python, Watch(module).described()):
         raise messages.OTHER_MODULE.error(difference=said)
@@ -163,7 +168,8 @@ def _code(
     wanted = [backward and one for one in asked_for]
     data, guards = _bundled(mode, program, wanted, backward, options)
     signature = program.signature.told(guards)
-    return Code(data, {}, backward, signature, wanted[len(reads) :], reads, constants, program.tree)
+    places = apart(found[name][0][found[name][1]] for name in reads if name in found)
+    return Code(data, {}, backward, signature, wanted[len(reads) :], reads, places, constants, program.tree)
 
 
 def _is_trained(slot: Slot) -> bool:
@@ -175,7 +181,10 @@ def _bundled(
     mode: str, program: Program, wanted: list[bool], backward: bool, options: dict[str, Any]
 ) -> tuple[bytes, list[str]]:
     try:
-        made = bundling.bundled(program.exported, wanted, backward, options)
+        bundling.set_leaves(program.exported.graph_module, wanted)
+        with torch.enable_grad() if backward else torch.no_grad():
+            lower(program.exported.graph_module, sites(program.exported.graph_module))
+        made = bundling.bundled(program.exported, backward, options)
         fixed = specialized(program.signature, program.exported)
     except Exception as error:  # torch raises whatever it comes across, its compiler too
         raise messages.NOT_COMPILABLE.error(mode=mode, error=summary(error)) from error

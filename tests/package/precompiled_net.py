@@ -4,6 +4,10 @@ import torch
 from torch import nn
 
 
+def shifted(module, args, out):
+    return out + 1
+
+
 class Net(nn.Module):
     """Norm, dropout, tied and frozen weights, a tensor that is neither parameter nor buffer, nested results."""
 
@@ -13,11 +17,18 @@ class Net(nn.Module):
         self.head, self.again, self.frozen = nn.Linear(6, 3), nn.Linear(6, 3, bias=False), nn.Linear(6, 3)
         self.again.weight = self.head.weight
         self.frozen.requires_grad_(False)
+        self.act, self.config, self.listed = torch.relu, {"scale": 2.0}, [torch.ones(3)]
+        self.hook = self.head.register_forward_hook(shifted)
         self.scale = torch.tensor([1.0, 2.0, 3.0])
 
     def forward(self, image):
-        hidden = self.drop(torch.relu(self.norm(self.conv(image))).mean((2, 3)))
-        scores = self.head(hidden) * self.scale + self.again(hidden) + self.frozen(hidden)
+        hidden = self.drop(self.act(self.norm(self.conv(image))).mean((2, 3)))
+        scores = (
+            self.head(hidden) * self.scale
+            + self.again(hidden)
+            + self.frozen(hidden) * self.config["scale"]
+            + self.listed[0]
+        )
         return {"scores": scores + torch.tensor([0.5, 0.0, 1.0]), "pair": (hidden, None)}
 
 

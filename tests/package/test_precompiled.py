@@ -40,12 +40,12 @@ def make():
     return cm.precompile(model, (pictures(4),), modes=MODES, dynamic_shapes=SIZES)
 
 
-@pytest.fixture(scope="module")
-def made():
-    """With the graphs of the programs in place of code."""
+@contextlib.contextmanager
+def faked():
+    """Has the graphs of programs in place of code."""
     graphs = {}
 
-    def bundled(program, wanted, gradients, options):
+    def bundled(program, gradients, options):
         name = f"the graph with the number {len(graphs)}".encode()
         graphs[name] = program.graph_module
         return name, []
@@ -54,6 +54,12 @@ def made():
         patch.setattr(bundling, "own_cache", lambda: contextlib.nullcontext(dict))
         patch.setattr(bundling, "bundled", bundled)
         patch.setattr(bundling, "opened", graphs.__getitem__)
+        yield
+
+
+@pytest.fixture(scope="module")
+def made():
+    with faked():
         yield make()
 
 
@@ -130,6 +136,57 @@ def test_eval_has_no_backward_and_says_so(ours):
         ours.train()(pictures(4).requires_grad_())
 
 
+def appended(model):
+    model.more = nn.ReLU()
+
+
+def bias_added(model):
+    model.again.bias = nn.Parameter(torch.ones(3))
+
+
+def another_function(model):
+    model.act = torch.sigmoid
+
+
+def another_entry(model):
+    model.config["scale"] = 7.0
+
+
+def another_forward(model):
+    model.head.forward = lambda x: x
+
+
+def another_class(model):
+    model.norm.__class__ = type("Norm", (nn.BatchNorm2d,), {})
+
+
+def another_hook(model):
+    model.hook.remove()
+    model.head.register_forward_hook(lambda module, args, out: out * 2)
+
+
+def another_type(model):
+    model.drop.p = 1
+
+
+def a_tensor_for_a_number(model):
+    model.drop.p = torch.tensor([0.5, 0.5])
+
+
+def retied(model):
+    weight = torch.randn(3, 6)
+    state = {**model.state_dict(), "head.weight": weight, "again.weight": weight}
+    model.load_state_dict(state, assign=True)
+
+
+def newly_tied(model):
+    model.norm.running_var = model.norm.running_mean
+
+
+def another_tensor_in_a_list(model):
+    model.listed[0] = torch.zeros(3)
+
+
 def drop_p(model):
     model.drop.p = 0.9
 
@@ -161,8 +218,12 @@ def woken(model):
 @pytest.mark.parametrize(
     ("change", "code"),
     [
+        (appended, "CM073.*modules"), (bias_added, "CM073.*parameters"), (another_function, "CM064"),
+        (another_entry, "CM064"), (another_forward, "CM073.*forward"), (another_class, "CM073.*class"),
+        (another_hook, "CM065"), (another_type, "CM064"), (a_tensor_for_a_number, "CM064"), (retied, "CM047"),
+        (newly_tied, "CM075"), (another_tensor_in_a_list, "CM064"),
         (drop_p, "CM064.*0.9"), (a_hook, "CM065"), (another_submodule, "CM052"), (another_dtype, "CM046"),
-        (without_a_weight, "CM053"), (untied, "CM047"), (woken, "CM048"),
+        (without_a_weight, "CM073.*parameters"), (untied, "CM047"), (woken, "CM048"),
     ],
 )  # fmt: skip
 def test_what_makes_code_stale_is_refused(change, code, ours):
@@ -181,6 +242,37 @@ def test_weights_may_be_others(ours):
     x = pictures(5)
     with torch.no_grad():
         torch.testing.assert_close(ours.eval()(x)["scores"], model.eval()(x)["scores"])
+
+
+def test_attributes_are_those_of_the_module_inside(ours):
+    ours.note = 3
+    assert ours._orig_mod.note == 3
+    del ours.note
+    assert not hasattr(ours, "note")
+    ours.training = False
+    assert not ours._orig_mod.training
+    ours.register_forward_hook(lambda module, args, out: "hooked")
+    with torch.no_grad():
+        assert copy.deepcopy(ours.eval())(pictures(4)) == "hooked"
+        with pytest.raises(cm.PackageError, match="CM074"), torch.inference_mode():
+            ours.train()(pictures(4))
+    assert not ours.norm.num_batches_tracked
+
+
+class Named(nn.Linear):
+    def forward(self, x, a=None, b=None):
+        return super().forward(x) + a - 2 * b
+
+
+def test_what_goes_by_name_does_not_go_by_position():
+    model, (x, a, b) = Named(3, 3), torch.randn(3, 2, 3)
+    with faked():
+        ours = cm.precompile(model, (x,), {"b": b, "a": a}, modes=["eval"])
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(x, a=a, b=b), model(x, a, b))
+        for args, kwargs in [((x, a, b), {}), ((x, a), {"b": b}), ((x,), {"a": a})]:
+            with pytest.raises(cm.CallError, match=r"CM042.*by position"):
+                ours(*args, **kwargs)
 
 
 def test_calls_and_surroundings_that_are_others_are_refused(ours):
@@ -251,7 +343,7 @@ def test_another_module_is_refused(file):
     with pytest.raises(cm.PackageError, match=r"CM046[\s\S]*scale"):
         cm.load_precompiled(file, wide)
     del wide.scale
-    with pytest.raises(cm.PackageError, match=r"CM053[\s\S]*scale"):
+    with pytest.raises(cm.PackageError, match=r"CM067.*scale"):
         cm.load_precompiled(file, wide)
 
 
