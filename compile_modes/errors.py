@@ -112,6 +112,10 @@ class WarmupError(CompileModesError):
     """A module can't be warmed up, or a call of it has failed on the way; its state is as it was."""
 
 
+class MissingLibraryError(CompileModesError, ImportError):
+    """A library is missing that was asked for by what works with it."""
+
+
 class VerifyError(CompileModesError):
     """A module does not do what its eager model does, or the two can't be compared.
 
