@@ -35,12 +35,12 @@ def intercept(module: nn.Module, before: Callable[[nn.Module, Call, tuple[Any, .
 
 def put_back(module: nn.Module, call: Call | None) -> None:
     """Makes ``call`` the compiled call of a module; None: it has none any more."""
-    module._compiled_call_impl = call  # type: ignore[assignment]
+    module._compiled_call_impl = call
 
 
 def compiled_call(module: nn.Module) -> Call | None:
     """What ``module.compile()`` has left; None if it wasn't compiled in place."""
-    return module._compiled_call_impl  # type: ignore[return-value]
+    return module._compiled_call_impl
 
 
 def may_vary(tensor: torch.Tensor) -> None:

@@ -32,7 +32,6 @@ class Compiling:
         dynamic_batch: whether code takes any batch size of at least two from the start.
         options: keyword arguments of ``torch.compile``.
         train_only: keyword arguments that the trainer passes in training alone.
-        eval_grad: the grad mode that the trainer evaluates in: False or "inference".
 
     Attributes:
         phases: graphs and stalls, loop by loop.
@@ -49,7 +48,6 @@ class Compiling:
         dynamic_batch: bool,
         options: Mapping[str, Any],
         train_only: Sequence[str] = (),
-        eval_grad: bool | str = False,
     ) -> None:
         for name in options:
             if name not in _TAKEN:
@@ -57,7 +55,7 @@ class Compiling:
                 raise messages.NOT_A_COMPILE_OPTION.error(name=name, near=", ".join(near))
         self.modules = [modules] if isinstance(modules, str) else modules
         self.warm, self.dynamic_batch, self.options = warm, dynamic_batch, dict(options)
-        self.train_only, self.eval_grad = train_only, eval_grad
+        self.train_only = train_only
         self.phases = Phases()
         self._uncalled: set[str] = set()
         self._done: set[tuple[int, bool]] = set()
@@ -133,7 +131,7 @@ class Compiling:
             self._done.add((id(module), False))
             kwargs = {key: value for key, value in kwargs.items() if key not in self.train_only}
             try:
-                graphs += self._call(module, "eval", self.eval_grad, args, kwargs)
+                graphs += self._call(module, "eval", False, args, kwargs)
             except WarmupError as error:
                 messages.EVAL_NOT_WARM.warn(error=first_line(error), name=name or type(module).__name__)
         self.phases.warm_up(graphs, time.perf_counter() - started)
@@ -159,8 +157,7 @@ class Compiling:
     def _copies(self, arguments: Any, grad: bool | str) -> Any:
         """The arguments of a call with copies of their tensors; one that is there twice is copied once.
 
-        Dynamo guards on what tensors require, and on whether they were made in inference mode. So are, in an evaluation
-        in that mode, what one module hands to the next and what is moved to a device, but no batch on the CPU.
+        Dynamo guards on what tensors require, and on whether they were made in inference mode.
         """
         copies: dict[int, torch.Tensor] = {}
         tensors = [t for t in pytree.tree_leaves(arguments) if isinstance(t, torch.Tensor)]
@@ -170,8 +167,7 @@ class Compiling:
             if not isinstance(value, torch.Tensor):
                 return value
             if id(value) not in copies:
-                elsewhere = value.requires_grad or value.device.type != "cpu"
-                with torch.inference_mode(grad == "inference" and (value.is_inference() or elsewhere)):
+                with torch.inference_mode(value.is_inference()):
                     made = value.detach().clone()
                 if value.requires_grad and grad is True:
                     made.requires_grad_()

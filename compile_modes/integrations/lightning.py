@@ -65,7 +65,6 @@ class CompileCallback(Callback):  # type: ignore[misc]  # lightning may not be t
         return self._compiling.phases
 
     def _begin(self, trainer: Any, module: nn.Module) -> None:
-        self._compiling.eval_grad = "inference" if trainer.validate_loop.inference_mode else False
         self._compiling.ensure(module, _called)
         self.phases.mark()
 

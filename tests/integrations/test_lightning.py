@@ -193,5 +193,5 @@ def test_a_model_without_parts_is_refused(tmp_path):
             del self.net, self.head
             self.weight = nn.Parameter(torch.ones(4, 2))
 
-    with pytest.raises(cm.OptionError, match="^CM955: Bare has neither"):
+    with pytest.raises(cm.OptionError, match=r"^CM955: Bare has neither"):
         fit(tmp_path, Bare(), CompileCallback())
