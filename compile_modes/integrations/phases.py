@@ -67,7 +67,8 @@ class Phases:
         """
         phase = self._open.pop(name, None)
         if phase is not None and phase.graphs and phase.number > 1 and name != TRAIN:
-            messages.COMPILED_AGAIN.warn(loop=name, number=phase.number, graphs=phase.graphs, seconds=phase.stalled)
+            seconds = f"{phase.stalled:.1f}"
+            messages.COMPILED_AGAIN.warn(loop=name, number=phase.number, graphs=phase.graphs, seconds=seconds)
 
     def warm_up(self, graphs: int, seconds: float) -> None:
         """Counts a warm-up, and keeps it out of the step that it has interrupted."""

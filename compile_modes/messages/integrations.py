@@ -59,7 +59,7 @@ EVAL_NOT_WARM = Warn(
 )
 COMPILED_AGAIN = Warn(
     "CM958",
-    "{loop} loop {number} compiled {graphs} graphs, which took {seconds:.1f} s: calls differ from those before in more "
+    "{loop} loop {number} compiled {graphs} graphs, which took {seconds} s: calls differ from those before in more "
     "than the size of the batch",
     'dynamic=True for sizes that vary; TORCH_LOGS="recompiles" says what has changed',
 )

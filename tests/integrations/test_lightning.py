@@ -92,6 +92,7 @@ def loops(callback, name):
     return [(p.steps, p.graphs) for p in callback.phases.all if p.name == name]
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("kind", [Lit, WithForward])
 @pytest.mark.parametrize("sanity", [0, 2])
 @pytest.mark.parametrize("inference_mode", [True, False])
@@ -107,6 +108,7 @@ def test_trains_and_validates_as_without_and_compiles_once(kind, sanity, inferen
     assert loops(callback, "validation") == [(2, 0)] * (4 if sanity else 3)
 
 
+@pytest.mark.slow
 def test_bf16_as_without(tmp_path, no_inductor):
     callback = CompileCallback()
     arguments = {"precision": "bf16-mixed", "num_sanity_val_steps": 0}
@@ -152,6 +154,7 @@ def test_a_bound_net(tmp_path, no_inductor):
     assert loops(callback, "validation")[1:] == [(2, 0)] * 3
 
 
+@pytest.mark.slow
 def test_what_is_never_called_is_told(tmp_path, no_inductor):
     class Unused(Lit):
         def __init__(self):

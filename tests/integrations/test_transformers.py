@@ -116,6 +116,7 @@ def test_bert_through_inductor(tmp_path):
     check(bert, 3, tmp_path)
 
 
+@pytest.mark.slow
 def test_without_warm_up_or_a_batch_that_varies_the_first_loops_compile_and_no_later_one(tmp_path, no_inductor):
     callback = CompileCallback(warmup=False)
     trainer_of(Tiny(), tmp_path, callback).train()
@@ -151,6 +152,7 @@ def test_evaluation_alone_and_a_callback_that_is_added_later(tmp_path, no_induct
     assert [p.graphs for p in loops(late, "validation")] == [0]
 
 
+@pytest.mark.slow
 def test_accumulated_steps_are_counted_by_batch(tmp_path, no_inductor):
     callback = CompileCallback()
     trainer_of(Tiny(), tmp_path, callback, gradient_accumulation_steps=2, num_train_epochs=1).train()
