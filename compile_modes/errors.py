@@ -120,6 +120,10 @@ class SampleError(CompileModesError):
     """A module can't be sampled from as it is asked; it is as it was."""
 
 
+class MissingLibraryError(CompileModesError, ImportError):
+    """A library is missing that was asked for by what works with it."""
+
+
 class VerifyError(CompileModesError):
     """A module does not do what its eager model does, or the two can't be compared.
 

@@ -51,6 +51,9 @@ def run(path, *, slow):
         pytest.importorskip("torchao.quantization.pt2e")
         if slow and torch.__version__ < "2.12":
             pytest.skip("torchao's quantizer annotates nothing on torch 2.11, so that there is nothing to convert")
+    if path.name == "trainers.md" and slow:
+        pytest.importorskip("transformers")
+        pytest.importorskip("accelerate")
     text = path.read_text()
     namespace = {"__name__": "__main__", "net": Net(), "x": torch.randn(6, 4)} if path.name == "README.md" else {}
     namespace.setdefault("__name__", path.stem)
@@ -106,7 +109,12 @@ def test_every_public_name_is_on_its_page():
     entries = re.findall(r"^::: compile_modes\.(.+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
     # By its whole path, what has the name of its room: readers of sources take the short one for that.
     names = {"package": "package.packaging.package", "sample": "sampling.sample.sample"}
-    assert sorted(entries) == sorted([*(names.get(name, name) for name in cm.__all__), "backend.pt2e_modes"])
+    trainers = [
+        f"integrations.{name}.CompileCallback" for name in ("transformers", "lightning")
+    ]  # import their library
+    phases = ["integrations.phases.Phases", "integrations.phases.Phase"]
+    others = ["backend.pt2e_modes", *trainers, *phases]
+    assert sorted(entries) == sorted([*(names.get(name, name) for name in cm.__all__), *others])
     assert all(getattr(cm, name).__doc__ for name in cm.__all__)
 
 

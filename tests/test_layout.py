@@ -16,6 +16,7 @@ FLOORS = [
     {"archive", "forms"},
     {"exported", "backend"},
     {"warming", "package", "tuning", "sampling"},
+    {"integrations"},
     {"cli", "__init__"},
     {"__main__"},
 ]

@@ -13,7 +13,7 @@ One file per group of codes, or per range of one; ``entry.py`` is the mechanism,
 - CM6xx ``warming.py``: warming up
 - CM7xx ``reasons.py``: why a site can't be put into a mode
 - CM8xx ``remarks.py``: what may depend on mode and is no site
-- CM9xx ``tools.py``: the command line and its tables
+- CM9xx ``tools.py``: the command line and its tables; ``integrations.py``: trainers of other libraries
 
 Codes stay what they are: a new entry takes the next free number of its group, and one that goes leaves a gap.
 """
@@ -33,6 +33,7 @@ from compile_modes.messages.entry import warn as warn
 from compile_modes.messages.entry import warn_once as warn_once
 from compile_modes.messages.exporting import *  # noqa: F403
 from compile_modes.messages.files import *  # noqa: F403
+from compile_modes.messages.integrations import *  # noqa: F403
 from compile_modes.messages.packaged import *  # noqa: F403
 from compile_modes.messages.packaging import *  # noqa: F403
 from compile_modes.messages.precompiling import *  # noqa: F403

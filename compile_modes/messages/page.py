@@ -17,7 +17,7 @@ _GROUPS = {
     "6": "Warming up",
     "7": "Reasons: why a site can't be put into a mode",
     "8": "Remarks: what may depend on mode and is no site",
-    "9": "The command line and its tables",
+    "9": "The command line and its tables; trainers",
 }
 _HEAD = """\
 # Errors, warnings and reasons
