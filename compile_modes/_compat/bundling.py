@@ -9,17 +9,20 @@ import contextlib
 import os
 import re
 import secrets
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+_replacing = threading.RLock()  # a function of a module is everybody's
 _FUNCTORCH = {"strict_autograd_cache": True, "bypass_autograd_cache_key": True, "force_autograd_cache": True}
 # Of a CPU: libraries, and notes that this machine can run them.
-_KERNEL = re.compile(r"[a-z0-9]{2}/[\w.-]+\.(so|load_ok)")
+_KERNEL = re.compile(r"[a-z0-9]{2}/[\w.-]+\.(so|o|load_ok)")
 # The fake of a convolution asks for the batch to choose among kernels, and so among layouts of its result, which
 # compiled code compares at each call.
 _CHECKED_ANYWAY = (("fake_impls.py", "conv"),)
@@ -139,12 +142,16 @@ def place(kernels: Mapping[str, bytes]) -> None:
 
 def opened(data: bytes) -> Callable[..., Sequence[Any]]:
     """The function that some bytes are. It takes what the graph takes, one by one, and checks little of it."""
-    from torch._inductor import config
+    from torch._inductor import codecache
     from torch._inductor.standalone_compile import AOTCompiledArtifact
 
-    # Headers would be compiled ahead of the kernels, also where no kernel is to be.
-    plain = {"cpp_cache_precompile_headers": False} if hasattr(config, "cpp_cache_precompile_headers") else {}
-    with warnings.catch_warnings(), config.patch(plain):
+    # Headers would be compiled ahead of the kernels, also where no kernel is to be. The option for that has a part in
+    # the names of kernels, and stays.
+    with (
+        warnings.catch_warnings(),
+        _replacing,
+        mock.patch.object(codecache, "_precompile_header", create=True, return_value=None),
+    ):
         warnings.filterwarnings("ignore", category=UserWarning, module="torch")
         return AOTCompiledArtifact.deserialize(data)
 
