@@ -40,27 +40,29 @@ def make():
     return cm.precompile(model, (pictures(4),), modes=MODES, dynamic_shapes=SIZES)
 
 
+GRAPHS = {}  # of programs, in place of code
+
+
+def bundled(program, gradients, options):
+    name = f"the graph with the number {len(GRAPHS)}".encode()
+    GRAPHS[name] = program.graph_module
+    return name, []
+
+
 @contextlib.contextmanager
 def faked():
-    """Has the graphs of programs in place of code."""
-    graphs = {}
-
-    def bundled(program, gradients, options):
-        name = f"the graph with the number {len(graphs)}".encode()
-        graphs[name] = program.graph_module
-        return name, []
-
+    """Has graphs in place of code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bundling, "own_cache", lambda: contextlib.nullcontext(dict))
         patch.setattr(bundling, "bundled", bundled)
-        patch.setattr(bundling, "opened", graphs.__getitem__)
+        patch.setattr(bundling, "opened", GRAPHS.__getitem__)
         yield
 
 
 @pytest.fixture(scope="module")
 def made():
     with faked():
-        yield make()
+        return make()
 
 
 @pytest.fixture(scope="module")
@@ -308,11 +310,11 @@ def test_a_torch_without_bundles_is_told(monkeypatch, tmp_path):
             call()
 
 
-@pytest.fixture(scope="module")
-def file(made, tmp_path_factory):
-    path = tmp_path_factory.mktemp("precompiled") / "net.code"
-    made.save(path)
-    return path
+@pytest.fixture
+def file(made, tmp_path):
+    made.save(tmp_path / "net.code")
+    with faked():
+        yield tmp_path / "net.code"
 
 
 @pytest.mark.slow
