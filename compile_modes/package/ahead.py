@@ -66,7 +66,7 @@ class Ahead:
     keywords: int
     arguments: Node
     weights: dict[str, Place]
-    trained: list[str]
+    trained: set[str]
     ties: dict[str, list[str]]
     device: torch.device
     around: dict[str, str]

@@ -44,7 +44,7 @@ def write(path: FileLike, ahead: Ahead, python: Mapping[str, Any]) -> None:
         "keywords": ahead.keywords,
         "arguments": ahead.arguments,
         "weights": {name: _to_json(of) for name, of in ahead.weights.items()},
-        "trained": ahead.trained,
+        "trained": sorted(ahead.trained),
         "ties": ahead.ties,
         "around": ahead.around,
         "python": python,
@@ -102,7 +102,7 @@ def read(path: FileLike) -> tuple[Ahead, dict[str, Any]]:
         kernels = {name.removeprefix(_KERNELS): reader.read(name) for name in reader.names(_KERNELS)}
         held = {name: _from_json(of, device) for name, of in header["weights"].items()}
         names, deciders, arguments, around = (header[key] for key in ("names", "deciders", "arguments", "around"))
-        trained, ties, functions = header["trained"], header["ties"], opened(codes, kernels)
+        trained, ties, functions = set(header["trained"]), header["ties"], opened(codes, kernels)
         keywords = int(header["keywords"])
         ahead = Ahead(
             codes, functions, kernels, deciders, names, keywords, arguments, held, trained, ties, device, around

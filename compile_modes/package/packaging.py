@@ -10,7 +10,7 @@ from torch import nn
 from compile_modes import messages
 from compile_modes._compat import aoti
 from compile_modes.console import progress as progress_bar
-from compile_modes.errors import few, summary
+from compile_modes.errors import few
 from compile_modes.exported.provenance import flags
 from compile_modes.files import FileLike, check_place
 from compile_modes.graph.finding import sites
@@ -18,7 +18,7 @@ from compile_modes.package import file as files
 from compile_modes.package.asking import TRAIN, asked, bound_of, deciders, submodules, vectors
 from compile_modes.package.losses import check_loss
 from compile_modes.package.programs import Program, examples_of, program_of
-from compile_modes.package.signature import specialized
+from compile_modes.package.signature import compiled
 from compile_modes.package.structure import tensors_of
 from compile_modes.package.weights import Pool, state_of
 
@@ -120,14 +120,12 @@ def _check(options: Any, loss: Any, targets: Any, wanted: Mapping[str, Any]) -> 
 def _compiled(mode: str, program: Program, options: dict[str, Any]) -> tuple[list[str], dict[str, torch.Tensor]]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)  # of torch's, about its own code
-        try:
-            made = aoti.compile_ahead(program.exported, program.tensors, options)
-            fixed = specialized(program.signature, program.exported)
-        except Exception as error:  # torch raises whatever it comes across, its compiler too
-            raise messages.NOT_COMPILABLE.error(mode=mode, error=summary(error)) from error
-    if fixed:
-        raise messages.SPECIALIZED.error(mode=mode, inputs=few(fixed))
-    return made
+        return compiled(
+            mode,
+            program.signature,
+            program.exported,
+            lambda: aoti.compile_ahead(program.exported, program.tensors, options),
+        )
 
 
 def _described(

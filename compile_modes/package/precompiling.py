@@ -12,7 +12,7 @@ from torch.export.graph_signature import InputKind
 
 from compile_modes import messages
 from compile_modes._compat import bundling
-from compile_modes.errors import few, summary
+from compile_modes.errors import few
 from compile_modes.exported.provenance import flags, set_flags
 from compile_modes.forms.lower import lower
 from compile_modes.graph.finding import sites
@@ -22,7 +22,7 @@ from compile_modes.package.asking import Vector, asked, bound_of, deciders, flag
 from compile_modes.package.precompiled import Precompiled
 from compile_modes.package.programs import Examples, Program, examples_of, plain_program_of
 from compile_modes.package.running import Slot
-from compile_modes.package.signature import specialized
+from compile_modes.package.signature import compiled
 from compile_modes.package.structure import Strange, describe
 from compile_modes.package.watch import Watch, difference
 
@@ -90,7 +90,7 @@ def precompile(
         kernels = kernels_of()
     read = {name: None for code in codes.values() for name in code.reads if name not in code.constants}
     weights, ties = weights_of(module, list(read))
-    trained = [name for name, slot in held(module).items() if _is_trained(slot)]
+    trained = {name for name, slot in held(module).items() if _is_trained(slot)}
     device = next((t.device for t in (*module.parameters(), *module.buffers(), *examples.tensors)), torch.device("cpu"))
     functions = ahead_file.opened(codes, kernels)
     around, arguments = surroundings(device), examples.nodes[0]
@@ -180,14 +180,12 @@ def _is_trained(slot: Slot) -> bool:
 def _bundled(
     mode: str, program: Program, wanted: list[bool], backward: bool, options: dict[str, Any]
 ) -> tuple[bytes, list[str]]:
-    try:
-        bundling.set_leaves(program.exported.graph_module, wanted)
+    graph = program.exported.graph_module
+
+    def bundle() -> tuple[bytes, list[str]]:
+        bundling.set_leaves(graph, wanted)
         with torch.enable_grad() if backward else torch.no_grad():
-            lower(program.exported.graph_module, sites(program.exported.graph_module))
-        made = bundling.bundled(program.exported, backward, options)
-        fixed = specialized(program.signature, program.exported)
-    except Exception as error:  # torch raises whatever it comes across, its compiler too
-        raise messages.NOT_COMPILABLE.error(mode=mode, error=summary(error)) from error
-    if fixed:
-        raise messages.SPECIALIZED.error(mode=mode, inputs=few(fixed))
-    return made
+            lower(graph, sites(graph))
+        return bundling.bundled(program.exported, backward, options)
+
+    return compiled(mode, program.signature, program.exported, bundle)

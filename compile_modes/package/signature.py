@@ -4,9 +4,9 @@ AOTInductor checks none of it: a tensor with other strides gives a wrong result 
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.export import ExportedProgram
@@ -14,9 +14,10 @@ from torch.export.graph_signature import InputKind
 
 from compile_modes import messages
 from compile_modes._compat import aoti
-from compile_modes.errors import few
+from compile_modes.errors import few, summary
 from compile_modes.package.guards import conditions, holds
 
+_T = TypeVar("_T")
 # A size: a number; or a symbol, a factor and a summand.
 Size = int | list[Any]
 
@@ -173,7 +174,29 @@ def signature_of(program: ExportedProgram, names: Sequence[str], least: Sequence
     return Signature(found, ranges, wanted)
 
 
-def specialized(signature: Signature, program: ExportedProgram) -> list[str]:
+def compiled(mode: str, signature: Signature, program: ExportedProgram, compile_: Callable[[], _T]) -> _T:
+    """What a compiler makes of a program.
+
+    Args:
+        mode: to name in errors.
+        signature: of the program before it is compiled.
+        program: the program.
+        compile_: compiles it.
+
+    Raises:
+        PackageError: it can't be compiled, or torch has fixed a size that was to vary.
+    """
+    try:
+        made = compile_()
+        fixed = _specialized(signature, program)
+    except Exception as error:  # torch raises whatever it comes across, its compiler too
+        raise messages.NOT_COMPILABLE.error(mode=mode, error=summary(error)) from error
+    if fixed:
+        raise messages.SPECIALIZED.error(mode=mode, inputs=few(fixed))
+    return made
+
+
+def _specialized(signature: Signature, program: ExportedProgram) -> list[str]:
     """The inputs of which torch has fixed a size since that was to vary."""
     nodes, specs = program.graph_module.graph.find_nodes(op="placeholder"), program.graph_signature.input_specs
     values = [n.meta["val"] for n, spec in zip(nodes, specs, strict=True) if spec.kind is InputKind.USER_INPUT]
