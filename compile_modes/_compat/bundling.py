@@ -6,6 +6,7 @@ compiled when they are opened, unless Inductor's cache has them: the files that 
 """
 
 import contextlib
+import dataclasses
 import os
 import re
 import secrets
@@ -48,6 +49,7 @@ def own_cache() -> Iterator[Callable[[], dict[str, bytes]]]:
     failed = None
     with fresh_cache():
         try:
+            _check_instructions()
             yield _kernels
         except BaseException as error:
             failed = error  # raised behind the block, which would leave its folder there
@@ -109,6 +111,19 @@ def _guards(shapes: Any, before: int) -> list[str]:
         if where not in _CHECKED_ANYWAY:
             found.append(PythonPrinter().doprint(guard.expr))
     return found
+
+
+def _check_instructions() -> None:
+    """Has Inductor leave notes in its cache of what this machine can run: it looks once in a process, wherever."""
+    from torch._inductor import cpu_vec_isa
+
+    for isa in cpu_vec_isa.valid_vec_isa_list():
+        for kind in type(isa).__mro__:
+            for name in ("__bool__", "_VecISA__bool__impl"):
+                known: Any = getattr(vars(kind).get(name), "cache_clear", None)
+                if known is not None:
+                    known()
+        bool(dataclasses.replace(isa))  # one that was looked at asks for other flags
 
 
 def _kernels() -> dict[str, bytes]:
