@@ -75,6 +75,7 @@ CM901: tables need rich, which is not installed
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_importing_the_package_does_not_import_rich():
     script = "import sys, compile_modes; assert not [name for name in sys.modules if name.startswith('rich')]"
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

@@ -52,7 +52,7 @@ SILENT = [
 
 
 @pytest.mark.parametrize("around", SILENT)
-@pytest.mark.every(2)
+@pytest.mark.every(4)
 def test_a_region_that_returns_nothing_comes_back(around):
     model = Silent(*around)
     module = cm.export(model, (X,))
@@ -93,7 +93,7 @@ def test_torch_reads_the_programs_of_such_a_file():
 
 
 @pytest.mark.parametrize("around", SILENT[:5])
-@pytest.mark.every(2)
+@pytest.mark.every(4)
 def test_bake_writes_a_file_that_torch_reads(around, tmp_path):
     cm.save(cm.export(Silent(*around), (X,)), tmp_path / "both.pt2")
     for mode in ("train", "eval"):

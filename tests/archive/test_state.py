@@ -36,6 +36,7 @@ def test_state_replaces_values_and_leaves_the_programs_alone(path):
     assert torch.equal(loaded["eval"].module()(IMAGE), trained.eval()(IMAGE))
 
 
+@pytest.mark.slow
 def test_state_in_place_or_of_all_kinds(path):
     model, programs = zoo()
     state = {name: value.clone() for name, value in model.state_dict().items()}

@@ -108,7 +108,7 @@ ALIKE = ("func.grad", "jvp", "nonstrict_trace")
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] if k in ALIKE else []) for k in KEPT])
-@pytest.mark.every(2)
+@pytest.mark.every(4)
 def test_around_what_is_kept(kind):
     reference = Net(KEPT[kind])
     module = copy.deepcopy(reference)
@@ -132,7 +132,7 @@ KEPT_WITH_MODES = {
 
 
 @pytest.mark.parametrize("kind", KEPT_WITH_MODES)
-@pytest.mark.every(2)
+@pytest.mark.every(4)
 @pytest.mark.usefixtures("listening")
 def test_modes_that_are_kept(kind):
     inner, owner = KEPT_WITH_MODES[kind]

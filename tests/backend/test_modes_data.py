@@ -115,6 +115,7 @@ class TestOneGraph:
                 assert torch.equal(ours, eager(X))
         assert graphs_compiled() == 2  # with gradients and without
 
+    @pytest.mark.every(2)
     @pytest.mark.parametrize("first", [True, False])
     @pytest.mark.parametrize("how", ["bind", "export"])
     def test_64_vectors_of_a_bound_module(self, how, first):
@@ -477,6 +478,7 @@ def test_a_failure_of_inductor_leaves_the_guards(monkeypatch):
     assert graphs_compiled() == 3  # two modes; and the first call, without gradients
 
 
+@pytest.mark.slow
 def test_what_may_not_be_written_stays_guarded():
     """In train, eager raises too."""
     model = nn.Sequential(nn.Tanh(), nn.Dropout(0.3, inplace=True)).eval()

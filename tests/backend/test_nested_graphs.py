@@ -74,7 +74,7 @@ def make(kind):
 @pytest.mark.parametrize(
     "kind", [pytest.param(k, marks=[pytest.mark.slow] if k in MORE else []) for k in ALL if k != "cond"]
 )
-@pytest.mark.every(2)
+@pytest.mark.every(4)
 def test_flips_and_steps(kind):
     reference = make(kind)
     module = copy.deepcopy(reference)
@@ -192,6 +192,7 @@ class Stack(nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_calls_of_one_region_have_modes_of_their_own():
     reference = Stack()
     module = copy.deepcopy(reference)
@@ -265,6 +266,7 @@ class Exported(nn.Module):
         return y.float() + z
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [True, False], ids=["train-export", "eval-export"])
 @pytest.mark.every(2)
 def test_regions_of_bound_programs(start):

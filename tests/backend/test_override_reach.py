@@ -59,7 +59,7 @@ class TestAttention:
 
     @pytest.mark.parametrize("fused", [True, False])
     @pytest.mark.parametrize("start", [True, False])
-    @pytest.mark.every(3)
+    @pytest.mark.every(6)
     def test_of_a_bound_module(self, start, fused):
         reference = Projected(0.3, fused)
         dropout_p = None if start else {"": 0.3}
@@ -78,6 +78,7 @@ class TestAttention:
 
 
 class TestRecurrent:
+    @pytest.mark.slow
     @pytest.mark.parametrize("training", [True, False])
     @pytest.mark.every(2)
     def test_dropout_between_layers(self, training):
@@ -278,6 +279,7 @@ class TestPython:
         with pytest.warns(cm.ModeWarning, match=r"'0' \(\w+\) read their training flag in Python"):
             compile_(copy.deepcopy(reference).eval(), training=True)(VECTOR)
 
+    @pytest.mark.slow
     def test_is_no_matter_of_fast_paths(self):
         reference = nn.TransformerEncoderLayer(8, 2, 16, 0.1, batch_first=True)
         compiled = compile_(copy.deepcopy(reference), training=False)

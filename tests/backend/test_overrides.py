@@ -86,7 +86,7 @@ class TestNames:
 
     @pytest.mark.parametrize("pattern", ["child.block1.*", "child.drop", "child.*.bn", "stem.*", "child"])
     @pytest.mark.parametrize("kind", ["eager", "bound"])
-    @pytest.mark.every(3)
+    @pytest.mark.every(6)
     def test_of_a_nested_module(self, kind, pattern):
         reference = Parent(ConvNet())
         module = copy.deepcopy(reference)
@@ -256,6 +256,7 @@ class TestNames:
         reference.drop.eval()
         agree(reference, module, compiled, VECTOR)
 
+    @pytest.mark.every(2)
     @pytest.mark.parametrize("where", ["global", "local"])
     def test_of_a_module_in_a_compiled_function(self, where):
         reference = ConvNet()

@@ -14,6 +14,7 @@ from nets import IMAGE, VECTORS, Small
 pytestmark = pytest.mark.filterwarnings("ignore::compile_modes.ModeWarning")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.every(2)
 def test_bake_of_two_programs(run, mode, tmp_path):

@@ -28,6 +28,7 @@ def first_mean(outputs, target):
 LOSS = (f"--loss={__name__}:first_mean", "--target=float32:6,4")
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("file", ["train.pt2", "flags.pt2"])
 def test_files_of_either_writer_are_packaged(file, run, faked, tmp_path):
     target = tmp_path / "packed.pt2"

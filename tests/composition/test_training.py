@@ -188,6 +188,7 @@ def test_a_submodule_of_a_flat_export_is_never_called_but_keeps_its_mode():
     assert graphs_compiled() == 0
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("options", [{"training": True}, {"overrides": {"*bn": "train", "": "train"}}])
 @pytest.mark.parametrize("form", ["bound", "unflattened"])
 def test_a_bound_module_compiled_in_place_keeps_owners_and_counters(form, options):

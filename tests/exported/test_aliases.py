@@ -154,7 +154,7 @@ def parts_in_eval(module, *names):
 
 @pytest.mark.parametrize("two", [False, True], ids=["one-graph", "two-programs"])
 @pytest.mark.parametrize("body", [*REUSING, *CLEAR])
-@pytest.mark.every(5)
+@pytest.mark.every(10)
 def test_exports_equal_eager_whoever_is_awake(body, two):
     model = Model(body, nn.Dropout(0.5), two)
     module = cm.export(model, (X,))
@@ -178,6 +178,7 @@ def test_dropouts_of_all_kinds_are_kept_apart(kind, body):
     same_outputs(parts_in_eval(model, "drop"), parts_in_eval(module, "drop"), IMAGES)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     "call",
     [

@@ -98,7 +98,7 @@ def test_state_dicts_load_both_ways():
 @STARTS
 @pytest.mark.parametrize("mode", [True, False])
 @pytest.mark.parametrize("strict", [False, True], ids=["nonstrict", "strict"])
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 def test_export_of_a_bound_module_has_the_literals_of_its_mode(start, mode, strict):
     bound = cm.bind(export(ConvNet().train(start), IMAGE)).train(mode)
     again = torch.export.export(bound, (IMAGE,), strict=strict)

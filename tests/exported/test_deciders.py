@@ -163,6 +163,7 @@ TWO = {
 }
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("kind", ONE)
 def test_one_graph_follows_it(kind):
     model = ONE[kind]()
@@ -182,6 +183,7 @@ def test_what_runs_in_eval_only_is_loaded_with_its_modes(tmp_path):
     assert agree_in_modes(reference, module, X, random_modes(reference, 8), tolerance=1e-7) == 0
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("kind", TWO)
 @pytest.mark.parametrize("verify", [None, False])
 def test_two_together_take_two_programs(kind, verify):

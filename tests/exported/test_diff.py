@@ -31,6 +31,7 @@ def changes(report):
     return {site.owner: dict(site.changes) for site in report.sites}
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("kind", "x"), MODELS, ids=lambda value: getattr(value, "__name__", ""))
 def test_a_program_does_not_differ_from_itself_or_its_module(kind, x):
     program = exported(kind(), x)
@@ -42,6 +43,7 @@ def test_a_program_does_not_differ_from_itself_or_its_module(kind, x):
     assert "nothing differs" in str(report)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("kind", "x"), MODELS, ids=lambda value: getattr(value, "__name__", ""))
 def test_the_other_mode_differs_in_modes_alone(kind, x):
     model = kind()
@@ -157,6 +159,7 @@ def test_what_tools_replace_is_seen():
     assert all(found.get("mode") == ("train", "eval") for found in told.values())
 
 
+@pytest.mark.slow
 def test_modules_with_two_programs_are_compared_program_by_program():
     model = Auxiliary()
     both, other = cm.export(model, (IMAGE,)), cm.export(copy.deepcopy(model), (IMAGE,))

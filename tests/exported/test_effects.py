@@ -56,7 +56,7 @@ SURROUNDINGS = ("no_grad", "decorated", "autocast", "nested", "inference", "chec
 
 @pytest.mark.parametrize("mode", [True, False], ids=["in-train", "in-eval"])
 @pytest.mark.parametrize("surroundings", SURROUNDINGS)
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 def test_a_write_that_nobody_reads_happens_in_its_mode_only(surroundings, mode):
     reference, model = (nn.Sequential(Book(surroundings, mode), nn.Dropout(0.2)) for _ in range(2))
     model.load_state_dict(reference.state_dict())

@@ -73,13 +73,14 @@ def both(build, x):
 
 
 @pytest.mark.parametrize(("build", "x"), SINGLE)
-@pytest.mark.every(2)
+@pytest.mark.every(4)
 def test_one_graph_where_flags_suffice(build, x):
     reference, module = both(build, x)
     assert isinstance(module, torch.fx.GraphModule)
     agrees(reference, module, inputs=[x], tolerance=0.0)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("build", "x", "difference"), DUAL)
 def test_two_graphs_where_python_decides(build, x, difference):
     reference, module = both(build, x)
@@ -89,6 +90,7 @@ def test_two_graphs_where_python_decides(build, x, difference):
     agrees(reference, module, inputs=[x], tolerance=0.0)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("build", "x", "deciders"), SWITCHED)
 def test_one_graph_with_switches_where_python_decides(build, x, deciders):
     reference, module = both(build, x)
@@ -98,7 +100,7 @@ def test_one_graph_with_switches_where_python_decides(build, x, deciders):
 
 
 @pytest.mark.parametrize(("build", "x"), [(Weights, TOKENS), *(p.values[:2] for p in (*DUAL, *SWITCHED))])
-@pytest.mark.every(2)
+@pytest.mark.every(4)
 def test_a_copy_flips_on_its_own(build, x):
     reference, module = both(build, x)
     copied = copy.deepcopy(module)
@@ -117,7 +119,7 @@ def test_a_copy_flips_on_its_own(build, x):
     ],
     ids=["frozen-bn", "frozen-net", "woken", "frozen-head"],
 )
-@pytest.mark.every(2)
+@pytest.mark.every(4)
 def test_submodules_have_modes_in_both_programs(touch):
     reference, module = both(Auxiliary, IMAGE)
     agrees(reference, module, inputs=[IMAGE], touch=touch, tolerance=0.0)
@@ -159,6 +161,7 @@ def test_state_is_shared_never_copied(build, x):
         same_outputs(other.train(mode), module.train(mode), x)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("copied", [False, True], ids=["original", "copy"])
 def test_root_state_can_be_replaced_in_both_programs(copied):
     reference, module = both(Auxiliary, IMAGE)
@@ -174,7 +177,7 @@ def test_root_state_can_be_replaced_in_both_programs(copied):
 @pytest.mark.usefixtures("no_inductor")
 @pytest.mark.parametrize("nested", [False, True], ids=["alone", "nested"])
 @pytest.mark.parametrize(("build", "x"), [(Auxiliary, IMAGE), (lambda: Residual(DropPath(0.3)), IMAGE)])
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 def test_compiled(build, x, nested):
     reference, module = both(build, x)
     if nested:

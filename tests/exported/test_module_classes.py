@@ -161,7 +161,7 @@ def parameter(name: str, mode: str) -> object:
 
 
 @pytest.mark.parametrize(("name", "mode"), [parameter(name, mode) for name in TABLE for mode in ("train", "eval")])
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 def test_bound_it_does_what_eager_does_or_says_why_not(name, mode):
     case = TABLE[name]
     expected = case.train if mode == "train" else case.eval

@@ -84,7 +84,7 @@ EVERY_DIRECTION = pytest.mark.parametrize(
 
 @pytest.mark.filterwarnings("ignore:CM240")  # of the counter that counts in both modes, as it is meant to
 @EVERY_DIRECTION
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 def test_a_program_in_a_mode_does_what_eager_does_in_it(build, x, start, mode):
     model = build()
     program = exported(model, x, start)
@@ -174,6 +174,7 @@ class Branches(nn.Module):
         return torch.cond(x.sum() > 0, lambda x: F.dropout(self.fc(x), 0.3, self.training), torch.sin, (self.bn(x),))
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("mode", [True, False])
 def test_branches_and_inputs_that_are_written_to(mode):
     model = Branches()

@@ -26,7 +26,7 @@ def fails_in_eager(reference):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 def test_random_modules_equal_eager(seed):
     reference = build(seed)
     if fails_in_eager(reference):
@@ -70,7 +70,7 @@ LITERAL = (baked, exported_again)  # they hold one combination of modes
 
 
 @pytest.mark.parametrize("seed", range(120))
-@pytest.mark.every(20)
+@pytest.mark.every(40)
 @pytest.mark.usefixtures("no_inductor")
 def test_forms_of_random_modules_equal_eager(seed):
     reference = build(seed)

@@ -75,7 +75,7 @@ def targets(module):
     counter=(UserCounter, VECTORS),
     twice=(Twice, VECTORS),
 )
-@pytest.mark.every(5)
+@pytest.mark.every(10)
 def test_bound_decomposed_modules_equal_eager(build, x, form, table, start):
     if build is Twice and form is torch.export.unflatten and start:
         pytest.skip("refused, see below")
@@ -259,6 +259,7 @@ def test_batch_norm_kernels_of_other_devices(start):
     agrees(reference, bind(module), inputs=[x])
 
 
+@pytest.mark.slow
 def test_a_kernel_that_updates_in_place():
     reference = BatchNorms()
     x = torch.randn(3, 4, 5)
@@ -282,6 +283,7 @@ def test_rrelu_both_ways(start):
     agrees(reference, bind(decomposed(reference, start, x)), inputs=[x])
 
 
+@pytest.mark.every(2)
 @pytest.mark.usefixtures("no_inductor")
 @STARTS
 def test_compiled(start):
@@ -292,6 +294,7 @@ def test_compiled(start):
     assert graphs_compiled() == 2
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("mode", [True, False])
 def test_export_of_a_bound_module(mode):
     reference = BatchNorms()
@@ -311,6 +314,7 @@ def test_the_drop_ins_take_decomposed_modules():
     torch.testing.assert_close(module(x), model.eval()(x))
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("form", [lambda program: program.module(), torch.export.unflatten])
 def test_a_failing_bind_leaves_the_module_alone(form):
     reference = Small(4)

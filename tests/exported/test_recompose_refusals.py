@@ -64,7 +64,7 @@ class Changed(Reads):
 
 @STARTS
 @pytest.mark.parametrize("build", [Before, After, Returned, Averaged, Counted, Changed])
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 def test_other_uses_of_the_buffers_are_right_or_refused(build, start):
     reference = build()
     program = decomposed(reference, start, VECTORS)
@@ -162,6 +162,7 @@ def test_batch_norm_inside_a_branch_is_refused_by_name():
     assert [site.bound for site in cm.sites(bound)] == [False]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("lost", [3, 4, "counter", "copy"])
 def test_an_update_that_does_not_reach_its_buffer_is_refused(lost):
     module = decomposed(Small(4), True, VECTORS).module()
@@ -206,6 +207,7 @@ def test_a_batch_norm_whose_result_is_unused_is_gone_from_an_eval_graph():
     assert "bn: its batch norm is not in the graph" in cm.explain(bound)
 
 
+@pytest.mark.slow
 def test_lost_rnn_dropout_is_named():
     with pytest.warns(cm.ModeWarning) as caught:
         cm.bind(decomposed(Recurrent(), True, torch.randn(3, 7, 4)))

@@ -81,12 +81,13 @@ def same(names, module, two=False, call=None, **options):
 
 
 @pytest.mark.parametrize("names", named([*NESTINGS, *DEEP], NESTINGS[::3] + FEW))
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 def test_exports_keep_every_nesting(names):
     module = cm.export(Nested(names), (X,))
     same(names, module)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", named(FEW, FEW[:1]))
 def test_so_do_two_programs_and_files(names):
     module = cm.export(Nested(names, two=True), (X,))
@@ -115,6 +116,7 @@ def test_bound_programs_keep_it_or_warn(names, strict):
         same(names, bound)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("names", named([*NESTINGS, *DEEP], FEW[:3]))
 def test_the_backend_keeps_every_nesting(names, monkeypatch):
     stand_in = torch._dynamo.lookup_backend("aot_eager_decomp_partition")
@@ -123,6 +125,7 @@ def test_the_backend_keeps_every_nesting(names, monkeypatch):
     same(names, module, call=torch.compile(module, backend="pt2e_modes"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", named(NESTINGS, FEW[:1]))
 def test_compiled_exports_keep_every_nesting(names, monkeypatch):
     stand_in = torch._dynamo.lookup_backend("aot_eager_decomp_partition")

@@ -32,7 +32,7 @@ def train(module, x, steps=2):
 
 
 @pytest.mark.parametrize(("build", "x"), MODELS)
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 def test_a_trained_module_comes_back_with_its_weights_and_modes(build, x, tmp_path):
     model = build()
     module = cm.export(model, (x,))
@@ -83,6 +83,7 @@ def test_frozen_parameters_and_copies(tmp_path):
     assert {name: p.requires_grad for name, p in loaded.named_parameters()} == wanted
 
 
+@pytest.mark.slow
 def test_loads_in_a_new_process_without_the_class(tmp_path):
     module = cm.export(Auxiliary(), (IMAGE,))
     train(module, IMAGE)

@@ -175,7 +175,7 @@ def both(parts):
 
 
 @pytest.mark.parametrize(("parts", "deciders"), MODELS)
-@pytest.mark.every(2)
+@pytest.mark.every(4)
 def test_modules_decide_for_themselves(parts, deciders):
     reference, module = both(parts)
     assert isinstance(module, fx.GraphModule)
@@ -184,7 +184,7 @@ def test_modules_decide_for_themselves(parts, deciders):
 
 
 @pytest.mark.parametrize(("parts", "deciders"), MODELS)
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 def test_baked_and_exported_again_in_any_modes(parts, deciders):
     reference, module = both(parts)
     for modes in random_modes(reference, 3):
@@ -202,6 +202,7 @@ def test_baked_and_exported_again_in_any_modes(parts, deciders):
                 assert torch.equal(value, form.state_dict()[name]), name
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("parts", "deciders"), [MODELS[0].values, MODELS[1].values, MODELS[3].values])
 def test_saved_with_its_switches(parts, deciders):
     reference, module = both(parts)
@@ -231,6 +232,7 @@ def test_set_mode_reaches_switches():
     assert torch.equal(module.get_buffer("parts.0.book"), before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_inductor")
 def test_compiled_each_combination_once():
     reference, module = both(lambda: [Codebook(), Skip(nn.Linear(4, 4), nn.Dropout(0.2))])
@@ -242,6 +244,7 @@ def test_compiled_each_combination_once():
     assert graphs_compiled() == 4
 
 
+@pytest.mark.every(2)
 @pytest.mark.usefixtures("no_inductor")
 @pytest.mark.parametrize("inner", [False, True], ids=["outer", "in-a-branch"])
 def test_options_that_would_have_to_reach_a_switch_say_so(inner):
@@ -277,6 +280,7 @@ class Heads(nn.Module):
         return (self.out(h), self.aux(h)) if self.training else self.out(h)
 
 
+@pytest.mark.slow
 def test_two_programs_have_switches_inside(tmp_path):
     reference, mine = Heads(), Heads()
     mine.load_state_dict(reference.state_dict())
@@ -320,6 +324,7 @@ def test_without_probing_it_is_guessed_and_said():
     agrees(reference, module, inputs=[X], tolerance=0.0)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("parts", [m.values[0] for m in MODELS if m.id not in ("centre", "jitter")])
 def test_two_programs_are_bound_together(parts):
     reference, model = Net(*parts()), Net(*parts())

@@ -128,6 +128,7 @@ class TestEqual:
         assert report.compared["gradient"] == 4 * 2 * (parameters + 1)
         assert x.grad is None
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("shared", [True, False])
     @pytest.mark.every(2)
     def test_compiled_in_every_vector(self, shared, no_inductor):
@@ -312,6 +313,7 @@ class TestNothingIsLeft:
             else:
                 assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
 
+    @pytest.mark.every(2)
     @pytest.mark.parametrize("shared", [True, False])
     @pytest.mark.parametrize("fails", [True, False])
     def test_of_both_modules(self, shared, fails):
@@ -332,6 +334,7 @@ class TestNothingIsLeft:
         assert torch.equal(x.grad, torch.ones(5, 4))
         assert torch.equal(x, X)
 
+    @pytest.mark.every(2)
     @pytest.mark.parametrize("at", [1, 4, 5, 30])
     def test_when_a_call_is_stopped(self, at):
         model = Net()

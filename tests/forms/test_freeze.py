@@ -95,7 +95,7 @@ WRITES = {
 }
 
 
-@pytest.mark.every(12)
+@pytest.mark.every(36)
 @pytest.mark.parametrize("freeze", ["auto", "strict"])
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
 def test_equals_eager_after(write, freeze):
@@ -112,6 +112,7 @@ def test_equals_eager_after(write, freeze):
         assert any(runs_on_constants())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("times", [6, pytest.param(40, marks=pytest.mark.slow)])
 def test_writes_compile_nothing(times):
     model = net()
@@ -134,6 +135,7 @@ def by_numpy(model):
     model.fc[0].weight.detach().numpy()[31, 7] += 3.0
 
 
+@pytest.mark.slow
 @pytest.mark.every(2)
 @pytest.mark.parametrize("write", [one_element, by_numpy])
 def test_writes_that_leave_no_trace_take_strict_or_a_word(write):
@@ -176,6 +178,7 @@ def test_training_is_untouched():
     assert runs_on_constants() == [False]
 
 
+@pytest.mark.slow
 def test_a_loop_that_trains_in_between_computes_no_constants():
     model = net()
     call = frozen(model)
@@ -210,6 +213,7 @@ def test_only_what_depends_on_a_write_is_computed_again(monkeypatch):
     assert computed == [1, 2, len({*graph._graph._slots.values()})]
 
 
+@pytest.mark.slow
 def test_copies_have_constants_of_their_own_and_take_them_along():
     model = net()
     call = frozen(model)

@@ -47,6 +47,7 @@ def test_dynamic_shapes_run_in_the_stock_form():
     assert says(call, model, torch.cat([X, X])) == []
 
 
+@pytest.mark.slow
 def test_float64_runs_in_the_stock_form():
     model = net().double()
     (said,) = says(frozen(model), model, X.double())
@@ -197,6 +198,7 @@ def test_parameters_that_share_memory_run_in_the_stock_form():
     assert "share memory" in said
 
 
+@pytest.mark.slow
 def test_within_a_step_of_an_optimizer():
     """The closure of L-BFGS runs while its step is open, in the same thread."""
     model = net()

@@ -48,6 +48,7 @@ def test_weights_that_move_to_shared_memory(freeze):
     assert runs_on_constants() == [True]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("freeze", ["auto", "strict"])
 def test_storages_can_be_resized(freeze):
     model = Cached().eval()
@@ -64,6 +65,7 @@ def test_storages_can_be_resized(freeze):
     agrees(call, model, X)
 
 
+@pytest.mark.slow
 def test_a_write_to_one_element_of_a_large_weight():
     """Its version counter is all that shows it."""
     model = nn.Linear(64, 64).eval()

@@ -40,7 +40,7 @@ def whole(outputs, sets):
     return len(nearest.indices.unique())
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(8)
 @pytest.mark.parametrize("kind", ["foreach", "fused", "for-loop"])
 @pytest.mark.parametrize("pause", [0.0, 0.03])
 def test_eight_threads_call_while_one_trains(kind, pause):
@@ -71,6 +71,7 @@ def test_eight_threads_call_while_one_trains(kind, pause):
     torch.testing.assert_close(settle(call, x), sets[-1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_training_while_it_is_frozen():
     model = build()
     call = frozen(model)

@@ -59,7 +59,7 @@ def calls(gm):
 @pytest.mark.usefixtures("no_inductor")
 class TestWithoutInductor:
     @pytest.mark.parametrize(("cell", "settings"), COMPILED)
-    @pytest.mark.every(3)
+    @pytest.mark.every(6)
     def test_trains_and_evaluates_as_eager(self, cell, settings):
         reference = cell(4, 5, **settings)
         module = bound(reference, SEQUENCE)
@@ -90,6 +90,7 @@ class TestWithoutInductor:
         module = bound(reference, SEQUENCE[:, 0])
         agrees(reference, module, compile_(module), [SEQUENCE[:, 0]], flips=2, steps=2)
 
+    @pytest.mark.slow
     @CELLS
     def test_dropout_is_live(self, cell):
         reference = cell(4, 50, num_layers=2, dropout=0.5)
@@ -146,6 +147,7 @@ class TestWithoutInductor:
         agrees(reference, module, compile_(module), [SEQUENCE], flips=2, touch=lambda m: m.gru.train())
         assert graphs_compiled() == 2
 
+    @pytest.mark.slow
     @CELLS
     def test_one_graph_for_any_batch_size(self, cell):
         reference = cell(4, 5, num_layers=2, dropout=0.5)

@@ -119,7 +119,7 @@ def forms(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_inductor")
-@pytest.mark.every(4)
+@pytest.mark.every(8)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("case", FOLDED.values(), ids=FOLDED)
 def test_gradients_are_those_of_eager(case, dtype, forms):

@@ -117,7 +117,7 @@ def test_the_backend_forces_masks_of_eager_models_off(build, x):
 
 @pytest.mark.usefixtures("no_inductor")
 @pytest.mark.parametrize(("build", "x"), DYNAMIC)
-@pytest.mark.every(2)
+@pytest.mark.every(6)
 def test_sizes_that_a_mask_is_computed_with_may_be_dynamic(build, x):
     reference, model = build(), build()
     model.load_state_dict(reference.state_dict())

@@ -92,7 +92,7 @@ def loops(callback, name):
     return [(p.steps, p.graphs) for p in callback.phases.all if p.name == name]
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(8)
 @pytest.mark.parametrize("kind", [Lit, WithForward])
 @pytest.mark.parametrize("sanity", [0, 2])
 @pytest.mark.parametrize("inference_mode", [True, False])

@@ -76,7 +76,7 @@ def effects(model: nn.Module, x: torch.Tensor) -> tuple[bool, set[str]]:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.every(9)
+@pytest.mark.every(18)
 def test_a_forward_draws_and_writes_what_eager_does(kind, mode):
     model, x = make("eager")
     MODES[mode](model)
@@ -101,6 +101,7 @@ def test_a_backward_uses_the_statistics_of_its_mode(kind):
             assert len(saved & backward.reads) == (0 if running else 2), (mode, bn)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.every(3)
 def test_a_backward_uses_the_masks_that_the_forward_drew(kind):
@@ -111,6 +112,7 @@ def test_a_backward_uses_the_masks_that_the_forward_drew(kind):
         assert masks <= backward.reads
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_a_bound_model_has_the_kernels_of_the_eager_one(kind, mode):
@@ -159,6 +161,7 @@ def without_counters(program: Program) -> Program:
     return replace(program, calls=calls, kernels={n: source for n, source in program.kernels.items() if n in left})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS[:2])
 @pytest.mark.every(2)
 def test_a_forced_counter_beside_the_graph_advances(kind):

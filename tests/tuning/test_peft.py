@@ -22,6 +22,7 @@ def with_peft(model, ours, targets, **options):
     return theirs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
 @pytest.mark.every(2)
 def test_twenty_steps_equal_those_of_peft(compiled, no_inductor):

@@ -66,7 +66,7 @@ def autocast():
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-@pytest.mark.every(5)
+@pytest.mark.every(10)
 def test_epochs_compile_nothing(kind, batches, ambient, compiled):
     first = marked() if len(batches) == 2 and "dynamic" not in kind[:7] else batches[0]
     call = build(kind)
@@ -79,6 +79,7 @@ def test_epochs_compile_nothing(kind, batches, ambient, compiled):
     assert (graphs_compiled(), compiled.forward, compiled.backward) == before
 
 
+@pytest.mark.slow
 def test_named_modes_compile_nothing_more(compiled):
     """A schedule that freezes one block after another, with evaluations between."""
     model = ConvNet()

@@ -87,7 +87,7 @@ def train_and_evaluate(call, steps=2):
 
 
 @pytest.mark.parametrize("kind", ["wrapped", "in place", "forward", "nested", "bound"])
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 def test_training_compiles_nothing_more_and_is_the_same(kind, compiled):
     torch.manual_seed(1)
     cold = compiled_as(kind, ConvNet(), IMAGE)
@@ -226,7 +226,7 @@ def one_process(tmp_path):
 
 @pytest.mark.skipif(not dist.is_available(), reason="this build of torch has no torch.distributed")
 @pytest.mark.parametrize("kind", ["ddp", "compiled ddp", "fully_shard"])
-@pytest.mark.every(2)
+@pytest.mark.every(4)
 def test_distributed_wrappers(kind, compiled, one_process):
     from torch.distributed.fsdp import fully_shard
 
