@@ -16,6 +16,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _BACKWARD = _HOOKS[2:]
 _PARTS = ("_parameters", "_buffers", "_modules")
 _PLAIN = (bool, int, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+_UNCHANGING = (*_PLAIN, float, type, types.FunctionType, types.BuiltinFunctionType)
 _DEPTH = 4  # of containers and objects within each other
 Leaf = Callable[[Any], Any]
 
@@ -35,6 +36,7 @@ class Watch:
         self._modules = list(module.named_modules())
         memo: dict[int, Any] = {}
         self._seen = {name: _state(one, _Same, memo) for name, one in self._modules}
+        self._glances = [_Glance(one, self._seen[name]["attributes"]) for name, one in self._modules]
 
     def check(self) -> None:
         """Compares the module with what it was.
@@ -43,7 +45,10 @@ class Watch:
             PackageError: an attribute, a hook, or what a submodule consists of is another one.
         """
         memo: dict[int, Any] = {}  # what several submodules hold is looked at once
-        for name, one in self._modules:
+        kinds: dict[type, bool] = {}
+        for (name, one), glance in zip(self._modules, self._glances, strict=True):
+            if glance.finds_no_change(one, memo, kinds):
+                continue
             then = self._seen[name]
             now = _state(one, _Same, memo, then["attributes"])
             if now == then:
@@ -111,6 +116,41 @@ class _Same:
 
     def __repr__(self) -> str:
         return _short(self.value)
+
+
+class _Glance:
+    """What tells quickly that a module is as it was: most of what it holds is the very same objects.
+
+    Args:
+        module: the module.
+        attributes: those that count, in the form that compares.
+    """
+
+    def __init__(self, module: nn.Module, attributes: dict[str, Any]) -> None:
+        values = vars(module)
+        self._kind, self._held = type(module), self._holding(values)
+        self._constants = _class_values(module, _Same)
+        fixed = {key for key in attributes if isinstance(values[key], _UNCHANGING)}
+        self._fixed = [(key, values[key]) for key in fixed]
+        self._loose = [(key, frozen) for key, frozen in attributes.items() if key not in fixed]
+
+    @staticmethod
+    def _holding(values: dict[str, Any]) -> list[Any]:
+        hooks = [_Same(hook) for name in _HOOKS for hook in values[name].values()]
+        parts = [[key for key, value in values[name].items() if value is not None] for name in _PARTS]
+        return [hooks, _Same(values.get("forward")), parts]
+
+    def finds_no_change(self, module: nn.Module, memo: dict[int, Any], kinds: dict[type, bool]) -> bool:
+        """Whether all is as it was for sure. ``memo`` and ``kinds`` are those of one round of comparing."""
+        values = vars(module)
+        kind = type(module)
+        if kind not in kinds:
+            kinds[kind] = _class_values(module, _Same) == self._constants
+        if kind is not self._kind or not kinds[kind] or self._holding(values) != self._held:
+            return False
+        if any(values.get(key, self) is not value for key, value in self._fixed):
+            return False
+        return all(key in values and _frozen(values[key], _Same, memo, _DEPTH) == then for key, then in self._loose)
 
 
 def _state(module: nn.Module, leaf: Leaf, memo: dict[int, Any], known: Any = None) -> dict[str, Any]:
