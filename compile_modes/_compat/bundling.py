@@ -117,7 +117,8 @@ def _check_instructions() -> None:
     """Has Inductor leave notes in its cache of what this machine can run: it looks once in a process, wherever."""
     from torch._inductor import cpu_vec_isa
 
-    for isa in cpu_vec_isa.valid_vec_isa_list():
+    known_isas: list[Any] = cpu_vec_isa.valid_vec_isa_list()
+    for isa in known_isas:
         for kind in type(isa).__mro__:
             for name in ("__bool__", "_VecISA__bool__impl"):
                 known: Any = getattr(vars(kind).get(name), "cache_clear", None)
