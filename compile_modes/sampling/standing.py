@@ -31,12 +31,11 @@ class Standing:
 
     def holds(self, module: nn.Module) -> bool:
         """Whether the module is still like that. It is asked before every pass, so it makes as little as it can."""
-        if not all([ref() is not None for ref in self._alive]):
+        if not all(ref() is not None for ref in self._alive):
             return False
         now = list(module.named_modules(remove_duplicate=False))
-        return len(now) == len(self._seen) and all(
-            [seen.holds(*named) for seen, named in zip(self._seen, now, strict=True)]
-        )
+        seen = self._seen
+        return len(now) == len(seen) and all(one.holds(*named) for one, named in zip(seen, now, strict=True))
 
 
 class _Seen:
