@@ -111,4 +111,6 @@ def test_an_unflattened_module_stays_what_it_was_but_for_its_forward(no_inductor
             torch.manual_seed(0)
             results.append(call(X, labels=LABELS)[0])
         torch.testing.assert_close(*results)
-    assert type(cm.bind(unflatten(program()))) is type(module)  # one class for one signature: what is compiled is shared
+    assert type(cm.bind(unflatten(program()))) is type(
+        module
+    )  # one class for one signature: what is compiled is shared
