@@ -113,4 +113,4 @@ def test_an_unflattened_module_stays_what_it_was_but_for_its_forward(no_inductor
         torch.testing.assert_close(*results)
     assert type(cm.bind(unflatten(program()))) is type(
         module
-    )  # one class for one signature: what is compiled is shared
+    )  # and so is what is compiled
