@@ -111,6 +111,4 @@ def test_an_unflattened_module_stays_what_it_was_but_for_its_forward(no_inductor
             torch.manual_seed(0)
             results.append(call(X, labels=LABELS)[0])
         torch.testing.assert_close(*results)
-    assert type(cm.bind(unflatten(program()))) is type(
-        module
-    )  # and so is what is compiled
+    assert type(cm.bind(unflatten(program()))) is type(module)  # and so is what is compiled
