@@ -1,8 +1,8 @@
 """What the last, smaller batch of each epoch costs: one code for all sizes, a code for each size, or padding.
 
-    python -m benchmarks.ragged_batch [--models cnn bert] [--steps N] [--json FILE]
+    python -m benchmarks.ragged_batch [--models cnn bert] [--sizes 32 20] [--steps N] [--json FILE]
 
-Two epochs of training and validation over batches of 16, the last of 5, all compiled by the backend, in one thread:
+Two epochs of training and validation over a batch of 32 and a last one of 20, compiled by the backend, in one thread:
 
 - "dynamic": compiled for any batch size of at least two, as the trainers' callbacks ask for;
 - "static": compiled for the first size, and again, in each mode, for the other (``dynamic=False``);
@@ -27,7 +27,6 @@ from benchmarks.common import finish, markdown, options, short
 from benchmarks.sampling import bert
 from benchmarks.train_step import build
 
-FULL, LAST = 16, 5
 CONTENDERS = ("dynamic", "static", "padded")
 Call = Callable[[Tensor], Tensor]
 
@@ -43,13 +42,13 @@ class Logits(nn.Module):
         return self.model(x).logits
 
 
-def made(name: str) -> tuple[nn.Module, Tensor]:
+def made(name: str, full: int) -> tuple[nn.Module, Tensor]:
     """A model, and a batch; no dropout, so that losses can be compared."""
     torch.manual_seed(0)
     if name == "bert":
-        model, x = Logits(), torch.randint(0, 1000, (FULL, 32))
+        model, x = Logits(), torch.randint(0, 1000, (full, 32))
     else:
-        model, x = build(name)[0], torch.randn(FULL, 3, 32, 32)
+        model, x = build(name)[0], torch.randn(full, 3, 32, 32)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -57,16 +56,16 @@ def made(name: str) -> tuple[nn.Module, Tensor]:
     return model, x
 
 
-def calls(model: nn.Module, contender: str) -> Call:
+def calls(model: nn.Module, contender: str, full: int) -> Call:
     """How a contender calls a compiled copy of a model."""
     model.compile(backend="pt2e_modes", dynamic=None if contender == "dynamic" else False)
 
     def call(x: Tensor) -> Tensor:
         if contender == "dynamic":
             torch._dynamo.maybe_mark_dynamic(x, 0)
-        if contender != "padded" or len(x) == FULL:
+        if contender != "padded" or len(x) == full:
             return model(x)
-        return model(torch.cat([x, x[:1].expand(FULL - len(x), *x.shape[1:])]))[: len(x)]
+        return model(torch.cat([x, x[:1].expand(full - len(x), *x.shape[1:])]))[: len(x)]
 
     return call
 
@@ -87,15 +86,14 @@ def step(model: nn.Module, call: Call, x: Tensor, optimizer: torch.optim.Optimiz
     return loss.item()
 
 
-def measure(name: str, steps: int) -> dict[str, dict[str, float]]:
-    model, x = made(name)
-    batches = {"full": x, "last": x[:LAST].clone()}
-    eager = loss_of(copy.deepcopy(model).train()(batches["last"])).item()
+def measure(name: str, full: int, last: int, steps: int) -> dict[str, dict[str, float]]:
+    model, x = made(name, full)
+    eager = loss_of(copy.deepcopy(model).train()(x[:last])).item()
     found: dict[str, dict[str, float]] = {}
     for contender in CONTENDERS:
         torch._dynamo.reset()
-        own = copy.deepcopy(model)
-        call, optimizer = calls(own, contender), torch.optim.SGD(own.parameters(), lr=1e-6)
+        own, batches = copy.deepcopy(model), {"full": x.clone(), "last": x[:last].clone()}  # marks stay on tensors
+        call, optimizer = calls(own, contender, full), torch.optim.SGD(own.parameters(), lr=1e-6)
         graphs = torch._dynamo.utils.counters["stats"]
         first = graphs["unique_graphs"]
         figures = found[contender] = {"compiling": 0.0}
@@ -123,9 +121,10 @@ def measure(name: str, steps: int) -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["cnn", "bert"], choices=["cnn", "bert"])
+    parser.add_argument("--sizes", nargs=2, type=int, default=[32, 20], help="of a full batch, and of the last")
     parser.add_argument("--steps", type=int, default=30)
     arguments = options(parser, "transformers")
-    figures = {name: measure(name, arguments.steps) for name in arguments.models}
+    figures = {name: measure(name, *arguments.sizes, arguments.steps) for name in arguments.models}
     kinds = [f"{mode}, {size}" for mode in ("train", "eval") for size in ("full", "last")]
     rows: list[Any] = []
     for name, contenders in figures.items():

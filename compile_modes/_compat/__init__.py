@@ -100,11 +100,11 @@ def sign(module: nn.Module, signature: inspect.Signature) -> None:
     with one of its own.
     """
     module.__dict__["__signature__"] = signature
+    kind: Any = type(module)
     if not isinstance(module, fx.GraphModule):
-        object.__setattr__(module, "__class__", _signed(type(module), signature))  # wrappers hand attributes on
+        object.__setattr__(module, "__class__", _signed(kind, signature))  # wrappers hand attributes on
     elif not is_direct(module):
-        forward: Any = type(module).forward
-        forward.__signature__ = _with_self(signature)
+        kind.forward.__signature__ = _with_self(signature)
 
 
 def _with_self(signature: inspect.Signature) -> inspect.Signature:
@@ -113,7 +113,7 @@ def _with_self(signature: inspect.Signature) -> inspect.Signature:
 
 
 @functools.cache
-def _signed(kind: type[nn.Module], signature: inspect.Signature) -> type[nn.Module]:
+def _signed(kind: Any, signature: inspect.Signature) -> type[nn.Module]:
     """A class whose ``forward`` says the names of its arguments.
 
     One for all modules of a class and a signature, which share what Dynamo has compiled.

@@ -26,7 +26,7 @@ class Standing:
 
     def __init__(self, module: nn.Module) -> None:
         self._alive: Watched = []
-        self._seen = [_Seen(*named, self._alive) for named in module.named_modules(remove_duplicate=False)]
+        self._seen = [_Seen(name, one, self._alive) for name, one in module.named_modules(remove_duplicate=False)]
         _watch([submodule for submodule in module.modules() if submodule is not module], self._alive)
 
     def holds(self, module: nn.Module) -> bool:
