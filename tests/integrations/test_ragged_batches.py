@@ -1,4 +1,4 @@
-"""What code for any size of the batch compiles again for; docs/trainers.md says so, and has to be changed with torch."""
+"""What code for any size of the batch compiles again for; docs/trainers.md says so, and has to change with torch."""
 
 import pytest
 import torch
