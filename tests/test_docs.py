@@ -55,6 +55,9 @@ def run(path, *, slow):
     if path.name == "trainers.md" and slow:
         pytest.importorskip("transformers")
         pytest.importorskip("accelerate")
+    if path.name == "runtimes.md" and slow:
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
     text = path.read_text()
     namespace = {"__name__": "__main__", "net": Net(), "x": torch.randn(6, 4)} if path.name == "README.md" else {}
     namespace.setdefault("__name__", path.stem)

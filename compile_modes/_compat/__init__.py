@@ -5,7 +5,9 @@ Checked on torch 2.11.0, 2.13.0, 2.14.1 and 2.15.0. When torch moves one of thes
 retrace must not run, ``tracing`` the tracer.
 """
 
+import functools
 import inspect
+import types
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -93,13 +95,39 @@ def sign(module: nn.Module, signature: inspect.Signature) -> None:
     """Lets ``inspect.signature`` of a module say the names of its arguments, and that of a generated ``forward``.
 
     ``torch.export`` takes the names of a program's inputs from there. A ``forward`` that torch generates has the
-    arguments that were exported by name in the order of that call, whatever their order in the model.
+    arguments that were exported by name in the order of that call, whatever their order in the model. Trainers ask
+    ``forward`` which columns of a data set to keep; where it is one for all modules of a class, the module gets a class
+    with one of its own.
     """
     module.__dict__["__signature__"] = signature
-    if isinstance(module, fx.GraphModule) and not is_direct(module):
-        first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-        forward: Any = type(module).forward
-        forward.__signature__ = signature.replace(parameters=[first, *signature.parameters.values()])
+    kind: Any = type(module)
+    if not isinstance(module, fx.GraphModule):
+        object.__setattr__(module, "__class__", _signed(kind, signature))  # wrappers hand attributes on
+    elif not is_direct(module):
+        kind.forward.__signature__ = _with_self(signature)
+
+
+def _with_self(signature: inspect.Signature) -> inspect.Signature:
+    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    return signature.replace(parameters=[first, *signature.parameters.values()])
+
+
+@functools.cache
+def _signed(kind: Any, signature: inspect.Signature) -> type[nn.Module]:
+    """A class whose ``forward`` says the names of its arguments.
+
+    One for all modules of a class and a signature, which share what Dynamo has compiled.
+    """
+    known: Any = kind.forward
+    forward: Any = types.FunctionType(
+        known.__code__, known.__globals__, known.__name__, known.__defaults__, known.__closure__
+    )
+    forward.__kwdefaults__ = known.__kwdefaults__
+    forward.__dict__.update(vars(known))  # torch's marks of what it must not compile
+    forward.__doc__, forward.__qualname__, forward.__module__ = known.__doc__, known.__qualname__, known.__module__
+    forward.__signature__ = _with_self(signature)
+    kept = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(kind.__name__, (kind,), {**kept, "forward": forward})
 
 
 def value(node: fx.Node) -> Any:

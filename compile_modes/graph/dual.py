@@ -1,15 +1,12 @@
 """Two programs of one model, for what flags can't express: its ``forward`` runs the one for ``self.training``."""
 
 import copy
-import functools
-import inspect
-import types
 from collections.abc import Collection
-from typing import Any, cast
+from typing import Any
 
 from torch import fx, nn
 
-from compile_modes import messages
+from compile_modes import _compat, messages
 from compile_modes._compat.copies import Copying
 
 
@@ -42,8 +39,7 @@ class DualModule(nn.Module):
         self.training = train.training
         signature = vars(train).get("__signature__")
         if signature is not None:
-            self.__dict__["__signature__"] = signature
-            self.__class__ = _with_forward(signature)
+            _compat.sign(self, signature)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the program of the present mode on the inputs that the model was exported with."""
@@ -137,17 +133,3 @@ def _merge(one: nn.Module, other: nn.Module) -> None:
 def _private(name: str, module: nn.Module) -> bool:
     """Whether a child of a program is a part of its graph: the body of a region, or the check of its inputs."""
     return isinstance(module, fx.GraphModule) or name == "_guards_fn"
-
-
-@functools.cache
-def _with_forward(signature: inspect.Signature) -> type[DualModule]:
-    """A class whose ``forward``, which trainers ask for the names of its arguments, says those of the programs.
-
-    One for all modules of a signature, which share what Dynamo has compiled.
-    """
-    kind, known = DualModule, cast(Any, DualModule.forward)
-    forward: Any = types.FunctionType(known.__code__, known.__globals__, known.__name__)
-    forward.__doc__, forward.__qualname__, forward.__module__ = known.__doc__, known.__qualname__, known.__module__
-    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    forward.__signature__ = signature.replace(parameters=[first, *signature.parameters.values()])
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__})

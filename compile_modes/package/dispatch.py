@@ -1,5 +1,6 @@
 """Which of its modes a module with compiled code is in, and which tensors a call gives it."""
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -72,6 +73,16 @@ def submodule(module: nn.Module, path: str) -> nn.Module:
         assert below is not None
         module = below
     return module
+
+
+def signature(names: Sequence[str], keywords: int, targets: Node | None = None) -> inspect.Signature:
+    """What ``inspect.signature`` shows of a module that is called by :func:`tensors_given`."""
+    by_name = len(names) - keywords
+    kind = inspect.Parameter
+    parameters = [kind(name, kind.POSITIONAL_OR_KEYWORD) for name in names[:by_name]]
+    if targets is not None and targets["tuple"]:
+        parameters.append(kind("targets", kind.VAR_POSITIONAL))
+    return inspect.Signature([*parameters, *(kind(name, kind.KEYWORD_ONLY) for name in names[by_name:])])
 
 
 def tensors_given(

@@ -6,8 +6,8 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from compile_modes import messages
-from compile_modes.package.dispatch import Dispatch, submodule, tensors_given
+from compile_modes import _compat, messages
+from compile_modes.package.dispatch import Dispatch, signature, submodule, tensors_given
 from compile_modes.package.running import Mode
 
 
@@ -42,6 +42,7 @@ class Packaged(nn.Module):
                 submodule(self, parent)._modules[leaf] = module
         vectors = {name: mode["flags"] for name, mode in header["modes"].items()}
         self.__dict__["_dispatch"] = Dispatch(self, header["modules"], header["deciders"], vectors)
+        _compat.sign(self, signature(header["names"], header["keywords"], header["targets"]))
 
     def mode(self, name: str) -> "Packaged":
         """Sets the flags of all submodules to those of a packaged mode.

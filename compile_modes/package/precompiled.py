@@ -6,12 +6,12 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from compile_modes import messages
+from compile_modes import _compat, messages
 from compile_modes.errors import few
 from compile_modes.files import FileLike
 from compile_modes.package import ahead_file
 from compile_modes.package.ahead import Ahead, Code, apart, differences, surroundings
-from compile_modes.package.dispatch import Dispatch, tensors_given
+from compile_modes.package.dispatch import Dispatch, signature, tensors_given
 from compile_modes.package.running import State
 from compile_modes.package.structure import Node
 from compile_modes.package.watch import Watch
@@ -49,6 +49,7 @@ class Precompiled(nn.Module):
                 "_watch": Watch(module),
             }
         )
+        _compat.sign(self, signature(ahead.names, ahead.keywords))
 
     def mode(self, name: str) -> "Precompiled":
         """Sets the flags of all submodules to those of a mode that was compiled.

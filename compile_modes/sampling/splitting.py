@@ -180,6 +180,9 @@ def _apply(root: fx.GraphModule, plan: Plan) -> Parts:
     crossing = [in_first[n] for n in plan.crossing]
     first.output((*crossing, *(in_first[n] for kind, n in outputs if kind == "first")))
     second.output(tuple(in_second[n] for kind, n in outputs if kind == "second"))
+    for node in first.find_nodes(op="get_attr"):
+        if not node.users:  # what the second part alone reads; a lookup takes a microsecond
+            first.erase_node(node)
     parts = [fx.GraphModule(root, graph) for graph in (first, second)]
     for part in parts:
         part.meta[BOUND] = True  # its modes are as they should be; the backend need not warn of literals

@@ -1,4 +1,4 @@
-"""DDP and FSDP2 on two processes that talk over the loopback interface, against eager DDP and FSDP2."""
+"""DDP, FSDP2 and pipelines on two processes that talk over the loopback interface, against the same of eager models."""
 
 import json
 import os
@@ -28,6 +28,7 @@ SLOW = {
     "fsdp eager, blocks, in place": None,
     "fsdp bound, root": 2,
     "fsdp unflattened, blocks": None,
+    "pipeline stages bound": 2,
 }
 SLOW_ALONE = ["fsdp bound, blocks", "fsdp unbound, blocks, stock", "sync-batch-norm"]
 

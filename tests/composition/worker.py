@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe, SplitPoint, pipeline
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import compile_modes as cm
@@ -73,8 +74,12 @@ def compare(
     *,
     touch: Callable[[nn.Module], Any] = lambda m: None,
     touch_module: Callable[[nn.Module], Any] | None = None,
+    reference_call: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> dict[str, Any]:
-    """Two rounds of training and evaluation of both, flags set on the wrappers; the largest differences."""
+    """Two rounds of training and evaluation of both, flags set on the wrappers; the largest differences.
+
+    With a ``reference_call``, calls run the backward themselves.
+    """
     compiled, worst = graphs_compiled(), dict.fromkeys(("output", "gradient", "state"), 0.0)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (reference, module)]
 
@@ -89,12 +94,13 @@ def compare(
             (touch_module or touch)(module)
             for _ in range(2):
                 outputs = []
-                for f, optimizer in zip((reference, call), optimizers, strict=True):
+                for f, optimizer in zip((reference_call or reference, call), optimizers, strict=True):
                     torch.manual_seed(seed)
+                    optimizer.zero_grad()
                     outputs.append(f(x))
                     if mode:
-                        optimizer.zero_grad()
-                        outputs[-1].square().mean().backward()
+                        if reference_call is None:
+                            outputs[-1].square().mean().backward()
                         optimizer.step()
                 note("output", apart({"": outputs[0]}, {"": outputs[1]}))
                 if mode:  # after an evaluation, FSDP's parameters are those gathered for it, and have no gradient
@@ -128,6 +134,40 @@ def fsdp(form: str, *, blocks: bool, in_place: bool = False) -> dict[str, Any]:
         module.compile(backend="pt2e_modes")
     call = module if in_place else compiled(module, {})
     return compare(reference, module, call, x, touch=lambda m: m.get_submodule("block2.bn").eval())
+
+
+def pipelined() -> dict[str, Any]:
+    """Two stages, two microbatches, beside eager stages under the same schedule; one norm of the second is frozen.
+
+    Each rank draws its own masks, and has a stage's own outputs, gradients and state to compare.
+    """
+    base, x, rank = Net(8), inputs(8), dist.get_rank()
+    parts = [base.block1], [base.block2, base.block3]
+    eager = copy.deepcopy(nn.Sequential(*parts[rank]))
+    stage = pipeline(base, (x[:2],), split_spec={"block2": SplitPoint.BEGINNING}).build_stage(rank, x.device)
+    cm.bind(stage.submod)
+    stage.submod.compile(backend="pt2e_modes")
+    stages = PipelineStage(eager, rank, 2, x.device), stage
+    run = {module: through(one) for module, one in zip((eager, stage.submod), stages, strict=True)}
+    frozen = {eager: "0.bn", stage.submod: "block2.bn"}
+
+    def touch(module: nn.Module) -> None:
+        if rank == 1:
+            module.get_submodule(frozen[module]).eval()
+
+    return compare(eager, stage.submod, run[stage.submod], x, touch=touch, reference_call=run[eager])
+
+
+def through(stage: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A call of all stages, which trains if the module of this one is in train: the schedule runs the backward."""
+    schedule = ScheduleGPipe(stage, n_microbatches=2, loss_fn=lambda output, target: (output - target).square().mean())
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        run = schedule.step if stage.submod.training else schedule.eval
+        output = run(x) if dist.get_rank() == 0 else run(target=x)
+        return torch.zeros(1) if output is None else output
+
+    return call
 
 
 def sharded(module: nn.Module, blocks: bool) -> nn.Module:
@@ -187,6 +227,7 @@ SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
     "fsdp unflattened, blocks": lambda: fsdp("unflattened", blocks=True),
     "fsdp bound, blocks": lambda: sharded_blocks_called_once("bound", "pt2e_modes"),
     "fsdp unbound, blocks, stock": lambda: sharded_blocks_called_once("unbound", "aot_eager"),
+    "pipeline stages bound": pipelined,
     "sync-batch-norm": sync_batch_norm,
 }
 

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -32,6 +33,7 @@ def test_names_modes_and_ties_are_those_of_the_model(packed, model):
     assert not packed.frozen.requires_grad
     assert packed.training
     assert isinstance(packed, cm.Packaged)
+    assert str(inspect.signature(packed.forward)) == "(image, *targets)"  # trainers keep the columns that it names
 
 
 def test_steps_and_flips_equal_eager(packed, model):

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import itertools
 import pickle
 import subprocess
@@ -120,6 +121,8 @@ def test_the_module_stays_inside(ours):
     assert not model.drop.training
     ours.mode("mc")
     assert (ours.training, ours.norm.training, ours.drop.training) == (False, False, True)
+    assert isinstance(ours, cm.Precompiled)
+    assert str(inspect.signature(ours.forward)) == "(image)"
 
 
 def test_flags_that_were_not_compiled_are_refused_by_name(ours):
@@ -434,6 +437,7 @@ def test_arguments_by_name_regions_and_conditions():
     model, x, mask = Asking(), torch.randn(6, 4), torch.ones(4)
     sizes = {"x": {0: torch.export.Dim.AUTO}, "scale": None, "mask": None}
     ours = cm.precompile(model, (x,), {"scale": 2.0, "mask": mask}, modes=("train",), dynamic_shapes=sizes)
+    assert str(inspect.signature(ours.forward)) == "(x, *, scale, mask)"
     for batch in (6, 10):
         x, found = torch.randn(batch, 4), []
         for module in (ours, copy.deepcopy(model)):
